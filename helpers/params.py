@@ -1,0 +1,247 @@
+"""The schema of params/STUDY/study.yaml and params/STUDY/CONFIGURATION.yaml.
+
+papermill injects whatever the files hold and only warns about a key that no notebook knows. So every notebook checks what it
+was given before it computes anything:
+
+    study, configuration = params.from_notebook(globals())
+
+and the command line checks the files themselves (`python -m helpers.params STUDY [CONFIGURATION ...]`).
+"""
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from helpers import ROOT, StudyError
+
+PARAMS = ROOT / "params"
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(Strict):
+    """Where the full-precision weights come from."""
+
+    source: Literal["package", "hub", "path", "random"]
+    name: str  # package: smollm2-135m; hub: owner/name; path: a folder; random: a name for the report
+    revision: str | None = None  # hub only: a commit or tag
+    architecture: dict | None = None  # random only: a transformers configuration, with its model_type
+    already_quantized: str | None = None  # what the weights went through before this study; the report repeats it
+
+    @model_validator(mode="after")
+    def _complete(self):
+        if (self.source == "random") != (self.architecture is not None):
+            raise ValueError("architecture belongs to source: random, and to it alone")
+        return self
+
+
+class Data(Strict):
+    """Dialogues in CoQA's format."""
+
+    source: str = "embedded"  # embedded, EleutherAI/coqa, or a path to a JSON or JSONL file
+    revision: str | None = None  # hub only
+    dialogues: Positive | None = None  # the first so many; none: all
+
+
+class Evaluation(Strict):
+    max_gen_toks: Positive = 256  # lm-eval's default
+    batch_size: Positive | None = None  # none: found from free memory
+    tasks: list[str] = []  # further lm-eval tasks beside the dialogues
+    limit: Positive | None = None  # documents of each further task
+
+
+class Sizes(Strict):
+    """What 02_benchmark runs on one kind of device."""
+
+    prefill_tokens: list[Positive]
+    batch_sizes: list[Positive]
+    prompt_tokens: Positive  # context of a decode measurement
+    decode_tokens: Positive  # tokens generated in one repeat
+    repeats: Annotated[int, Field(ge=3)]
+    warmup: Positive
+    modes: list[Literal["eager", "cuda_graph", "compile"]] = ["eager"]
+
+
+class Benchmark(Strict):
+    cpu: Sizes
+    cuda: Sizes
+    memory_budgets_gib: list[float] = [4, 8, 16]  # largest batch that fits in so much
+
+
+class Fidelity(Strict):
+    dialogues: Positive | None = None  # none: as many as are evaluated
+    noise_seeds: list[int] = [0, 1, 2]
+    block_sizes: list[Positive] = [64, 128, 256, 512, 1024, 2048, 4096]
+
+
+class Statistics(Strict):
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    resamples: Positive = 10_000
+    redraws: Positive = 10_000  # of the paper's 50-question design
+
+
+class Study(Strict):
+    study: str
+    title: str
+    model: Model
+    data: Data | None = None  # none: hardware only
+    evaluation: Evaluation = Evaluation()
+    benchmark: Benchmark
+    fidelity: Fidelity = Fidelity()
+    statistics: Statistics = Statistics()
+    seed: int = 1234
+    paper: str | None = None  # name of the paper's model, if this study's model is another one
+    results: str | None = None  # folder of the results; none: executed/STUDY
+
+
+class Full(Strict):
+    method: Literal["none"]
+
+
+class BitsAndBytes4(Strict):
+    method: Literal["bitsandbytes-4bit"]
+    quant_type: Literal["nf4", "fp4"]
+    double_quant: bool = True
+    block_size: Literal[64] = 64  # the only one that transformers passes on
+
+
+class BitsAndBytes8(Strict):
+    method: Literal["bitsandbytes-int8"]
+    threshold: Annotated[float, Field(ge=0)] = 6.0  # of activations that are computed in 16 bit (LLM.int8())
+
+
+Quantization = Annotated[Full | BitsAndBytes4 | BitsAndBytes8, Field(discriminator="method")]
+
+
+class Configuration(Strict):
+    configuration: str
+    label: str  # as tables and figures name it
+    quantization: Quantization
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # of weights that are not quantized, and of compute
+
+
+def _names(schema: dict, defs: dict) -> set[str]:
+    """All key names in a JSON schema, for 'did you mean'."""
+    names = set(schema.get("properties", {}))
+    for part in [*defs.values(), schema]:
+        names |= set(part.get("properties", {}))
+    return names
+
+
+def _explain(error: ValidationError, where: str, kind: type[BaseModel]) -> str:
+    schema = kind.model_json_schema()
+    lines = []
+    for e in error.errors():
+        path = [str(p) for p in e["loc"] if not str(p).startswith("bitsandbytes-") and p != "none"] or ["(file)"]
+        key = ".".join(path)
+        if e["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(path[-1], _names(schema, schema.get("$defs", {})), n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            lines.append(f"{where}: unknown key '{key}'{hint}")
+        elif e["type"] in ("literal_error", "union_tag_invalid"):
+            expected = e["ctx"].get("expected") or e["ctx"].get("expected_tags")
+            near = difflib.get_close_matches(str(e["input"]), [w.strip("' ") for w in expected.replace(" or ", ",").split(",")], n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            given = e["input"].get("method") if isinstance(e["input"], dict) else e["input"]
+            lines.append(f"{where}: '{key}' is {given!r}, expected {expected}{hint}")
+        elif e["type"] == "missing":
+            lines.append(f"{where}: '{key}' is missing")
+        else:
+            lines.append(f"{where}: '{key}' is {e['input']!r}: {e['msg'][0].lower() + e['msg'][1:]}")
+    return "\n".join(lines)
+
+
+def _validate(kind: type[BaseModel], values: dict, where: str):
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise StudyError(_explain(error, where, kind)) from None
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML file's mapping. Raises StudyError that names file and line if it is missing or malformed."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {near[0]}.yaml?" if near else ""
+        raise StudyError(f"{path}: there is no such file{hint}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise StudyError(f"{path}{f', line {mark.line + 1}' if mark else ''}: not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise StudyError(f"{path}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
+def folder(study: str) -> Path:
+    path = PARAMS / study
+    if not (path / "study.yaml").is_file():
+        near = difflib.get_close_matches(study, [p.name for p in PARAMS.iterdir()], n=1)
+        raise StudyError(f"params/{study}/study.yaml: there is no such study" + (f"; did you mean STUDY={near[0]}?" if near else ""))
+    return path
+
+
+def read_study(study: str) -> Study:
+    path = folder(study) / "study.yaml"
+    result = _validate(Study, read_yaml(path), f"params/{study}/study.yaml")
+    if result.study != study:
+        raise StudyError(f"params/{study}/study.yaml: 'study' is '{result.study}', expected the folder's name '{study}'")
+    return result
+
+
+def read_configuration(study: str, configuration: str) -> Configuration:
+    path = folder(study) / f"{configuration}.yaml"
+    result = _validate(Configuration, read_yaml(path), f"params/{study}/{configuration}.yaml")
+    if result.configuration != configuration:
+        raise StudyError(
+            f"params/{study}/{configuration}.yaml: 'configuration' is '{result.configuration}', expected the file's name '{configuration}'"
+        )
+    return result
+
+
+def configurations(study: str) -> list[str]:
+    """Names of a study's configurations: full precision first, the rest as their files are numbered or named."""
+    names = sorted(p.stem for p in folder(study).glob("*.yaml") if p.stem not in ("study", "paper"))
+    return sorted(names, key=lambda n: n not in ("fp16", "bf16", "fp32"))
+
+
+def check(given: dict, where: str) -> tuple[Study, Configuration | None]:
+    """Check the merged values of a study's file and, where there is one, a configuration's. Raises StudyError naming every wrong key."""
+    mine = {k: v for k, v in given.items() if k in Configuration.model_fields}
+    configuration = _validate(Configuration, mine, where) if mine else None
+    return _validate(Study, {k: v for k, v in given.items() if k not in mine}, where), configuration
+
+
+def from_notebook(namespace: dict) -> tuple[Study, Configuration | None]:
+    """Check what a notebook was given: the names that its parameters cell, or papermill, put into `namespace`.
+
+    Returns the study and, where the notebook is run per configuration, the configuration. Raises StudyError naming every unknown
+    or wrong key.
+    """
+    plain = (str, int, float, bool, list, dict, tuple, type(None))
+    ours = ("In", "Out", "exit", "quit", "open", "get_ipython")  # IPython's own
+    given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ours and isinstance(v, plain)}
+    return check(given, "notebook parameters")
+
+
+def main(argv: list[str]) -> None:
+    if not argv:
+        raise SystemExit("usage: python -m helpers.params STUDY [CONFIGURATION ...]")
+    try:
+        read_study(argv[0])
+        for name in argv[1:] or configurations(argv[0]):
+            read_configuration(argv[0], name)
+    except StudyError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,278 @@
+"""Result files: one versioned schema, provenance in every file, atomic writes.
+
+    executed/STUDY/setup.json
+    executed/STUDY/CONFIGURATION/{evaluation,benchmark,fidelity}.json
+    executed/STUDY/CONFIGURATION/samples_TASK.jsonl     lm-eval's own format, a line per question
+    executed/STUDY/CONFIGURATION/lm_eval.json           lm-eval's own results
+    executed/STUDY/analysis.json                        everything that the report and the README say
+
+Every JSON file but lm-eval's is an envelope (`Result`) around `data`, whose keys `DATA` lists by kind. A file that is truncated, foreign or
+of another schema is named and refused.
+
+    result = results.write(study, configuration, "benchmark", data)
+    for name, parts in results.read_all(study).items(): ...
+"""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import psutil
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from helpers import EXECUTED, FIGURES, ROOT, StudyError
+from helpers.params import Configuration, Study
+
+SCHEMA = 1
+Kind = Literal["setup", "evaluation", "benchmark", "fidelity", "analysis"]
+PACKAGES = ("torch", "transformers", "bitsandbytes", "lm_eval", "numpy", "scipy", "pandas", "accelerate", "llmcompressor", "torchao")
+
+
+class Setup(TypedDict):
+    weights: dict  # source, name, folder's files with sha256 and bytes, parameters
+    data: dict | None  # source, dialogues, questions, words per story; none for a hardware study
+    environment: dict  # what 00_setup showed: device, dtype and its reason
+
+
+class Evaluation(TypedDict):
+    tasks: dict  # task -> metric -> value, and "samples": its file name
+    files: dict  # file name -> {"lines", "sha256"}
+    questions: int  # in coqa_turns
+    dialogues: int
+    seconds: float  # answering them all, loading excluded
+    engine: dict  # hf-dialogue's timings and counts (helpers.dialogue)
+    loading: dict  # helpers.models.load's info
+    process_peak_mb: float  # highest resident memory of the process, MiB
+
+
+class Benchmark(TypedDict):
+    device: str  # cpu or cuda
+    memory: dict  # helpers.benchmark
+    prefill: list  # a row per mode and length
+    decode: list  # a row per mode and batch size
+
+
+class Fidelity(TypedDict):
+    tokens: int  # compared
+    dialogues: int
+
+
+class Analysis(TypedDict):
+    numbers: dict  # name -> what README and report print
+
+
+DATA = {"setup": Setup, "evaluation": Evaluation, "benchmark": Benchmark, "fidelity": Fidelity, "analysis": Analysis}
+
+
+class Result(BaseModel):
+    """The envelope of every result file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1]
+    kind: Kind
+    study: str
+    configuration: str | None  # none: of the whole study
+    status: Literal["ok", "failed", "skipped"]
+    reason: str | None  # why it failed or was skipped, one sentence
+    provenance: dict
+    data: dict | None  # none unless ok
+
+
+def clean(text: str) -> str:
+    """Text without tokens and without paths of this machine."""
+    text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_***", text)
+    return text.replace(f"{ROOT}/", "").replace(str(ROOT), ".").replace(str(Path.home()), "~")
+
+
+def _git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _processor() -> str:
+    try:
+        (name,) = set(re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()))
+        return name
+    except (OSError, ValueError):
+        return platform.processor() or platform.machine()
+
+
+def code_sha256() -> str:
+    """One checksum over the helpers and notebooks: tells two runs of different code apart where git can't."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "helpers").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def provenance(study: Study, configuration: Configuration | None) -> dict:
+    """What made a result: code, packages, hardware, parameters, time. No host name, user or path."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    gpu = None
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        torch = sys.modules["torch"]
+        gpu = {
+            "name": torch.cuda.get_device_name(),
+            "memory_mib": torch.cuda.get_device_properties(0).total_memory // 2**20,
+            "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit or os.environ.get("GIT_COMMIT"),
+        # outside a checkout nobody can tell: none, not false
+        "dirty": bool(_git("status", "--porcelain")) if commit else None,
+        "code_sha256": code_sha256(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": gpu,
+        "seed": study.seed,
+        "study": study.model_dump(mode="json"),
+        "configuration": configuration.model_dump(mode="json") if configuration else None,
+    }
+
+
+def _driver() -> str | None:
+    done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+    return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
+
+
+def folder(study: Study) -> Path:
+    """Where a study's results are: `results` in its parameters, else executed/STUDY."""
+    return ROOT / study.results if study.results else EXECUTED / study.study
+
+
+def figures_folder(study: Study) -> Path:
+    """figures/STUDY, or the place under figures/ that mirrors the results' place under executed/."""
+    return FIGURES / folder(study).relative_to(EXECUTED) if folder(study).is_relative_to(EXECUTED) else folder(study) / "figures"
+
+
+def path(study: Study, configuration: Configuration | None, kind: Kind) -> Path:
+    return folder(study) / (configuration.configuration if configuration else "") / f"{kind}.json"
+
+
+def write_text(target: Path, text: str) -> None:
+    """All of it or nothing: a reader never sees half a file. Raises StudyError on a full disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = None
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8") as file:
+            scratch = file.name
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, target)
+    except OSError as error:
+        if scratch:
+            Path(scratch).unlink(missing_ok=True)
+        what = "the disk is full; free some space" if error.errno == errno.ENOSPC else f"cannot be written ({error.strerror})"
+        raise StudyError(f"{clean(str(target))}: {what}, then run again: what is done is kept") from error
+
+
+def _write(target: Path, result: Result) -> Result:
+    write_text(target, json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return result
+
+
+def write(study: Study, configuration: Configuration | None, kind: Kind, data: dict) -> Result:
+    """Check and write a finished result. Raises ValidationError if keys of its kind are missing, ValueError on NaN."""
+    TypeAdapter(DATA[kind]).validate_python(data)
+    return _write(path(study, configuration, kind), _envelope(study, configuration, kind, "ok", None, data))
+
+
+def write_without(study: Study, configuration: Configuration | None, kind: Kind, status: str, reason: str) -> Result:
+    """Write why there is no result: status `failed` or `skipped`."""
+    return _write(path(study, configuration, kind), _envelope(study, configuration, kind, status, clean(reason), None))
+
+
+def _envelope(study, configuration, kind, status, reason, data) -> Result:
+    return Result(
+        schema_version=SCHEMA,
+        kind=kind,
+        study=study.study,
+        configuration=configuration.configuration if configuration else None,
+        status=status,
+        reason=reason,
+        provenance=provenance(study, configuration),
+        data=data,
+    )
+
+
+def write_lines(target: Path, rows: list[dict]) -> dict:
+    """Write JSONL; returns {"lines", "sha256"} for the envelope, so that a truncated file is noticed."""
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    write_text(target, text)
+    return {"lines": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_lines(source: Path, expected: dict) -> list[dict]:
+    """Read JSONL that `write_lines` wrote. Raises StudyError if it is not the file that the envelope speaks of."""
+    try:
+        raw = source.read_bytes()
+    except FileNotFoundError:
+        raise StudyError(f"{clean(str(source))}: is missing, though a result speaks of it; delete the result and run again") from None
+    if hashlib.sha256(raw).hexdigest() != expected["sha256"]:
+        raise StudyError(f"{clean(str(source))}: is truncated or changed since it was written; delete it and run again")
+    return [json.loads(line) for line in raw.decode().split("\n") if line]
+
+
+def read(source: Path) -> Result:
+    """Read one result file. Raises StudyError that names the file if it is missing, truncated, foreign or of another version."""
+    name = clean(str(source))
+    try:
+        values = json.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(f"{name}: is missing; make run-all makes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise StudyError(f"{name}: is truncated or not a result file; delete it and run make run-all again") from None
+    if not isinstance(values, dict) or "schema_version" not in values:
+        raise StudyError(f"{name}: is not a result file of this project; delete it and run make run-all again")
+    if values["schema_version"] != SCHEMA:
+        raise StudyError(f"{name}: has schema {values['schema_version']}, this code reads {SCHEMA}; delete it and run make run-all again")
+    try:
+        result = Result.model_validate(values)
+        if result.status == "ok":
+            TypeAdapter(DATA[result.kind]).validate_python(result.data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise StudyError(f"{name}: key '{key}': {first['msg'].lower()}; delete it and run make run-all again") from None
+    return result
+
+
+def read_all(study: Study) -> dict[str, dict[str, Result]]:
+    """configuration -> kind -> result, of all that a study has; full precision first."""
+    found: dict[str, dict[str, Result]] = {}
+    for kind in ("evaluation", "benchmark", "fidelity"):
+        for source in sorted(folder(study).glob(f"*/{kind}.json")):
+            result = read(source)
+            if (result.kind, result.study, result.configuration) != (kind, study.study, source.parent.name):
+                raise StudyError(f"{clean(str(source))}: belongs to {result.study}/{result.configuration}/{result.kind}; delete it")
+            found.setdefault(source.parent.name, {})[kind] = result
+    if not found:
+        raise StudyError(f"{clean(str(folder(study)))}: holds no results yet; run make run-all STUDY={study.study} first")
+    order = {"fp16": 0, "int8": 1, "fp8": 2, "gptq": 3, "awq": 4, "nf4": 5, "fp4": 6}
+    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], 9), item[0])))

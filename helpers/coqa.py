@@ -42,6 +42,21 @@ def read(source: str, dialogues: int | None = None, revision: str | None = None,
     return found[:dialogues]
 
 
+def describe(data) -> dict:
+    """Counts of a study's dialogues (`study.data`): in all, and per source (domain) mean story length in words and turns."""
+    found = read(data.source, data.dialogues, data.revision)
+    turns = [len(d["questions"]["input_text"]) for d in found]
+    sources: dict[str, dict] = {}
+    for name in dict.fromkeys(d["source"] for d in found):
+        mine = [d for d in found if d["source"] == name]
+        sources[name] = {
+            "dialogues": len(mine),
+            "questions": sum(len(d["questions"]["input_text"]) for d in mine),
+            "story_words_mean": round(sum(len(d["story"].split()) for d in mine) / len(mine), 1),
+        }
+    return {"source": data.source, "dialogues": len(found), "questions": sum(turns), "sources": sources}
+
+
 def _from_hub(name: str, revision: str | None, split: str) -> list[dict]:
     from datasets import load_dataset
 

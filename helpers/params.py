@@ -98,7 +98,7 @@ class Study(Strict):
     statistics: Statistics = Statistics()
     seed: int = 1234
     paper: str | None = None  # name of the paper's model, if this study's model is another one
-    results: str | None = None  # folder of the results; none: executed/STUDY
+    folder: str | None = None  # of the results; none: executed/STUDY
 
 
 class Full(Strict):
@@ -229,6 +229,8 @@ def from_notebook(namespace: dict) -> tuple[Study, Configuration | None]:
     plain = (str, int, float, bool, list, dict, tuple, type(None))
     ours = ("In", "Out", "exit", "quit", "open", "get_ipython")  # IPython's own
     given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ours and isinstance(v, plain)}
+    for name in {*Study.model_fields, *Configuration.model_fields} & (set(namespace) - set(given)):
+        raise StudyError(f"notebook parameters: '{name}' was overwritten by a {type(namespace[name]).__name__}; run the parameters cell again")
     return check(given, "notebook parameters")
 
 

@@ -25,10 +25,11 @@ import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal
 
 import psutil
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from helpers import EXECUTED, FIGURES, ROOT, StudyError
 from helpers.params import Configuration, Study
@@ -160,8 +161,8 @@ def _driver() -> str | None:
 
 
 def folder(study: Study) -> Path:
-    """Where a study's results are: `results` in its parameters, else executed/STUDY."""
-    return ROOT / study.results if study.results else EXECUTED / study.study
+    """Where a study's results are: `folder` in its parameters, else executed/STUDY."""
+    return ROOT / study.folder if study.folder else EXECUTED / study.study
 
 
 def figures_folder(study: Study) -> Path:

@@ -6,7 +6,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules
 
 STUDY ?= smollm2-135m
-ALL_CONFIGS := $(filter-out study paper,$(basename $(notdir $(wildcard params/$(STUDY)/*.yaml))))
+ALL_CONFIGS := $(filter-out study,$(basename $(notdir $(wildcard params/$(STUDY)/*.yaml))))
 CONFIGS ?= $(ALL_CONFIGS)
 OUT := executed/$(STUDY)
 
@@ -21,8 +21,14 @@ endif
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-COMMON := helpers/__init__.py helpers/params.py helpers/results.py
-MODEL := $(COMMON) helpers/models.py
+# What each notebook's results depend on, beside the notebook and its parameter files.
+h = $(wildcard $(patsubst %,helpers/%.py,$(1)))
+COMMON := $(call h,__init__ params results)
+MODEL := $(COMMON) $(call h,models methods compress calibration hub coqa)
+EVALUATE := $(MODEL) $(call h,evaluation dialogue slots) $(wildcard helpers/tasks/*.* helpers/tasks/dialogues/*)
+BENCHMARK := $(MODEL) $(call h,benchmark capacity decode device int8_limit memory roofline throughput timing)
+FIDELITY := $(MODEL) $(call h,fidelity divergence weights codebooks noise sensitivity statistics)
+ANALYSIS := $(COMMON) params/paper.yaml $(call h,analysis claims evidence report statistics redraw) $(wildcard helpers/figures*.py helpers/diagrams.py)
 STUDY_FILE := params/$(STUDY)/study.yaml
 NB = $(PY) -m helpers.notebook
 
@@ -64,15 +70,18 @@ measure: $(OUT)/$(2)/$(1).ipynb
 $(OUT)/$(2)/$(1).ipynb: notebooks/$(1).ipynb $(STUDY_FILE) params/$(STUDY)/$(2).yaml $(OUT)/00_setup.ipynb $(3)
 	@$$(NB) run notebooks/$(1).ipynb $$@ -f $(STUDY_FILE) -f params/$(STUDY)/$(2).yaml
 endef
-TASKS := $(wildcard helpers/tasks/*.* helpers/tasks/dialogues/*)
-$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,01_evaluate,$(c),$(MODEL) helpers/coqa.py helpers/dialogue.py helpers/evaluation.py $(TASKS))))
-$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark,$(c),$(MODEL) helpers/benchmark.py)))
+# A study without dialogues measures hardware only.
+HAS_DATA := $(shell grep -s '^data:' $(STUDY_FILE))
+$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark,$(c),$(BENCHMARK))))
+ifneq ($(HAS_DATA),)
+$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,01_evaluate,$(c),$(EVALUATE))))
+$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,03_fidelity,$(c),$(FIDELITY))))
+endif
 
-$(OUT)/00_setup.ipynb: notebooks/00_setup.ipynb $(STUDY_FILE) $(MODEL) helpers/coqa.py | $(ENV)
+$(OUT)/00_setup.ipynb: notebooks/00_setup.ipynb $(STUDY_FILE) $(MODEL) | $(ENV)
 	@$(NB) run notebooks/00_setup.ipynb $@ -f $(STUDY_FILE)
 
 RESULTS = $(wildcard $(OUT)/setup.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark.json $(OUT)/*/fidelity.json)
-ANALYSIS := $(COMMON) helpers/figures.py helpers/report.py helpers/statistics.py helpers/claims.py $(wildcard params/$(STUDY)/paper.yaml)
 
 report: $(OUT)/report.html ## render the report from the results that are there
 
@@ -84,7 +93,7 @@ $(OUT)/report.html: $(OUT)/04_analysis.ipynb helpers/notebook.py
 
 figures: $(OUT)/05_figures.ipynb ## draw every figure as PNG and SVG under figures/STUDY
 
-$(OUT)/05_figures.ipynb: notebooks/05_figures.ipynb $(STUDY_FILE) $(COMMON) helpers/figures.py $(RESULTS) $(OUT)/04_analysis.ipynb | $(ENV)
+$(OUT)/05_figures.ipynb: notebooks/05_figures.ipynb $(STUDY_FILE) $(ANALYSIS) $(RESULTS) $(OUT)/04_analysis.ipynb | $(ENV)
 	@$(NB) run notebooks/05_figures.ipynb $@ -f $(STUDY_FILE)
 
 .PHONY: status

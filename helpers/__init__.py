@@ -3,7 +3,10 @@
 | file | what it holds |
 |---|---|
 | `params` | the schema of params/STUDY/*.yaml, and its error messages |
-| `models` | weights and quantization methods: `prepare`, `load` |
+| `models` | weights: `prepare`, `load` |
+| `methods` | quantization methods: what each needs, which kernel it runs |
+| `compress` | GPTQ and AWQ, quantized once and cached |
+| `calibration` | the text that GPTQ and AWQ see |
 | `coqa` | dialogues in CoQA's format: read, validate |
 | `dialogue` | `hf-dialogue`, an lm-eval model that answers every turn from one prefill |
 | `evaluation` | lm-eval runs |
@@ -24,3 +27,7 @@ CACHE = ROOT / ".cache"
 
 class StudyError(RuntimeError):
     """Something the user can put right. Its text is one sentence that names the file or value and the remedy."""
+
+
+class NotHere(StudyError):
+    """Cannot be done on this machine; the sentence says why and what it takes. The run is skipped, not failed."""

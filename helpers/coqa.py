@@ -15,7 +15,7 @@ from collections import Counter
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from helpers import ROOT, StudyError
+from helpers import ROOT, StudyError, hub
 
 EMBEDDED = Path(__file__).parent / "tasks" / "dialogues"
 HELD_OUT = "held_out.json"
@@ -58,15 +58,32 @@ def describe(data) -> dict:
 
 
 def _from_hub(name: str, revision: str | None, split: str) -> list[dict]:
-    from datasets import load_dataset
+    """Rows of a data set of the hub, through helpers.hub (whose errors and offline cache hold), in the shape of `read`."""
+    from datasets import load_dataset  # takes seconds, and only hub data needs it
 
+    folder = hub.snapshot(name, revision, "dataset")
+    where = f"data.source: {name} ({folder.name[:8]}), split '{split}'"
     try:
-        return list(load_dataset(name, revision=revision, split=split))
-    except Exception as error:
-        raise StudyError(
-            f"data.source: {name} could not be loaded from the model hub ({type(error).__name__}); check the name and the network, "
-            "fill the cache beforehand and set HF_HUB_OFFLINE=1, or give a path to a CoQA file that ends in .json or .jsonl"
-        ) from error
+        rows = load_dataset(str(folder), split=split).to_list()
+    except Exception as error:  # the library raises its own errors, pyarrow's and plain ValueErrors
+        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise StudyError(f"{where}: could not be read ({said}); name a data set in CoQA's format") from error
+    return [_hub_row(row, f"{where}: record {number}") for number, row in enumerate(rows, 1)]
+
+
+def _hub_row(row: dict, where: str) -> dict:
+    """A row in the shape of `read`. Its spans are not checked: CoQA itself has some that do not lie in the story."""
+    if missing := [f for f in ("id", "story", "questions", "answers") if not row.get(f)]:
+        raise StudyError(f"{where}: field '{missing[0]}' is missing or empty; name a data set in CoQA's format")
+    extra = (row.get("additional_answers") or {}).items()
+    return {
+        "id": str(row["id"]),
+        "source": str(row.get("source", "")),
+        "story": row["story"],
+        "questions": _columns(row["questions"], ("input_text", "turn_id"), f"{where}: field 'questions'"),
+        "answers": _columns(row["answers"], ANSWER_FIELDS, f"{where}: field 'answers'"),
+        "additional_answers": {k: _columns(v, ANSWER_FIELDS, f"{where}: field 'additional_answers.{k}'") for k, v in extra if v},
+    }
 
 
 def read_file(path: Path) -> list[dict]:

@@ -1,7 +1,7 @@
-"""Weights and quantization methods.
+"""Weights, loaded in any configuration.
 
 `prepare(study.model)` makes a folder of full-precision safetensors once; `load(study, configuration)` reads it through
-`from_pretrained` with the configuration's quantization. Every method is one entry of `METHODS`.
+`from_pretrained` with the configuration's quantization (helpers.methods).
 
     model, tokenizer, info = models.load(study, configuration)
 
@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from helpers import CACHE, StudyError
+from helpers import CACHE, StudyError, compress, hub, memory, methods
+from helpers.methods import METHODS
 from helpers.params import Configuration, Model, Study
 
 # One line per layer and forward pass otherwise.
@@ -110,13 +111,13 @@ def _from_random(model: Model, folder: Path, seed: int) -> None:
 
 
 def prepare(study: Study) -> str:
-    """Folder (or hub name) of the study's full-precision weights; makes it once, under .cache/models, atomically.
+    """Folder of the study's full-precision weights; makes it once, under .cache/models, atomically.
 
     Raises StudyError if the weights can't be had or the disk is full.
     """
     model = study.model
     if model.source == "hub":
-        return model.name
+        return str(hub.snapshot(model.name, model.revision))
     if model.source == "path":
         if not (Path(model.name) / "config.json").is_file():
             raise StudyError(f"model.name: {model.name} has no config.json; give a folder written by save_pretrained")
@@ -157,57 +158,48 @@ def describe(study: Study) -> dict:
     }
 
 
-def _full(options, dtype):
-    return None
-
-
-def _bitsandbytes4(options, dtype):
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=options.quant_type,
-        bnb_4bit_use_double_quant=options.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _bitsandbytes8(options, dtype):
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=options.threshold)
-
-
-METHODS = {"none": _full, "bitsandbytes-4bit": _bitsandbytes4, "bitsandbytes-int8": _bitsandbytes8}
-
-
 def load(study: Study, configuration: Configuration) -> Loaded:
     """The model on its device, quantized, in eval mode; its tokenizer (none for random weights); and how it was loaded.
 
-    info: device, dtype, dtype_reason, load_seconds (s, from file to device, quantization included), parameters,
-    quantized_layers, quantization.
+    info: device, dtype, dtype_reason, load_seconds (s, from file to device, quantization included unless it is calibrated), parameters,
+    quantized_layers, quantization (its options), kernel (what multiplies, in words), packed (the device holds the method's own bits),
+    checkpoint_bytes (of a calibrated method's file, else of what `save_pretrained` would write) and checkpoint_dtype (of what is not
+    quantized in it). Calibrated methods: also quantize_seconds (s), from_cache, calibration (source, samples, tokens, sha256). Raises
+    NotHere if this machine can't do the method.
     """
+    methods.require(configuration)
+    options, method = configuration.quantization, METHODS[configuration.quantization.method]
     source = prepare(study)
     device, dtype, reason = device_and_dtype(configuration.dtype)
-    quantization = METHODS[configuration.quantization.method](configuration.quantization, dtype)
-    arguments = {"revision": study.model.revision} if study.model.source == "hub" else {}
+    tokenizer = None if study.model.source == "random" else AutoTokenizer.from_pretrained(source)
+    record = {}
+    if method.calibrated:
+        source, record = compress.quantized(study, configuration, source, tokenizer, device, dtype)
+    quantization = method.config(options, dtype)
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, device_map={"": device}, **arguments, **({"quantization_config": quantization} if quantization else {})
+        source, dtype=dtype, device_map={"": device}, **({"quantization_config": quantization} if quantization else {})
     ).eval()
+    if method.calibrated:
+        methods.make_plain(model)
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    tokenizer = None if study.model.source == "random" else AutoTokenizer.from_pretrained(source, **arguments)
-    return Loaded(
-        model,
-        tokenizer,
-        {
-            "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."),
-            "dtype_reason": reason,
-            "load_seconds": seconds,
-            "parameters": sum(_elements(p) for p in model.parameters()),
-            "quantized_layers": len(quantized_layers(model)),
-            "quantization": configuration.quantization.model_dump(),
-        },
-    )
+    name = str(dtype).removeprefix("torch.")
+    info = {
+        "device": device.type,
+        "dtype": name,
+        "dtype_reason": reason,
+        "load_seconds": seconds,
+        "parameters": sum(_elements(p) for p in model.parameters()),
+        "quantized_layers": len(quantized_layers(model)),
+        "quantization": options.model_dump(),
+        "kernel": method.kernel(options, device.type, name),
+        "packed": method.packed,
+        "checkpoint_bytes": record.get("checkpoint_bytes") or memory.checkpoint_bytes(model),
+        "checkpoint_dtype": record.get("checkpoint_dtype", name),
+    }
+    return Loaded(model, tokenizer, info | {k: record[k] for k in ("quantize_seconds", "from_cache", "calibration") if k in record})
 
 
 def _elements(parameter) -> int:
@@ -217,12 +209,8 @@ def _elements(parameter) -> int:
 
 
 def quantized_layers(model) -> dict[str, torch.nn.Module]:
-    """Linear layers that are not plain torch ones, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear
-    }
+    """Linear layers that are not plain torch ones, by name; `helpers.weights.dequantize` gives the weight that one computes with."""
+    return {name: module for name, module in model.named_modules() if methods.is_quantized(module)}
 
 
 def free(loaded: Loaded | None = None) -> None:

@@ -89,7 +89,12 @@ def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]
         scratch.unlink(missing_ok=True)
         raise SystemExit(130) from None
     except Exception as error:
-        # The kernel wrote why, if it could: a result of this run must not survive as an older, finished one.
+        if getattr(error, "ename", None) == "NotHere":  # no failure: this machine has not what the method takes
+            results.write_without(study, configuration, KINDS[source.stem], "skipped", _reason(error))
+            os.replace(scratch, target)
+            progress.line(f"not run: {_reason(error)}")
+            return
+        # An older, finished result must not stand for this run.
         target.unlink(missing_ok=True)
         if scratch.exists():
             os.replace(scratch, failed)

@@ -97,7 +97,6 @@ class Study(Strict):
     fidelity: Fidelity = Fidelity()
     statistics: Statistics = Statistics()
     seed: int = 1234
-    paper: str | None = None  # name of the paper's model, if this study's model is another one
     folder: str | None = None  # of the results; none: executed/STUDY
 
 
@@ -117,7 +116,47 @@ class BitsAndBytes8(Strict):
     threshold: Annotated[float, Field(ge=0)] = 6.0  # of activations that are computed in 16 bit (LLM.int8())
 
 
-Quantization = Annotated[Full | BitsAndBytes4 | BitsAndBytes8, Field(discriminator="method")]
+class Float8(Strict):
+    """torchao. Weights in float8 (e4m3, a scale per row); not LLM.int8(), which is another 8-bit method."""
+
+    method: Literal["torchao-float8"]
+    activations: Literal["none", "dynamic"] = "none"  # dynamic: rounded to float8 as well, so that the GPU multiplies in float8
+
+
+class Int4(Strict):
+    """torchao. 4-bit integers rounded to nearest, packed, with a kernel of their own (tinygemm); a GPU only."""
+
+    method: Literal["torchao-int4"]
+    group_size: Literal[32, 64, 128, 256] = 128
+
+
+class Calibration(Strict):
+    """Text that GPTQ and AWQ see: never a dialogue that is evaluated."""
+
+    source: str = "embedded-held-out"  # or EleutherAI/coqa (its train split), a path to a CoQA file, random-tokens
+    revision: str | None = None  # hub only
+    samples: Positive = 16  # dialogues
+    sequence_length: Positive = 512  # tokens of each, at most
+
+
+class GPTQ(Strict):
+    method: Literal["gptq"]
+    group_size: Positive = 128  # weights of one row that share a scale
+    symmetric: bool = True  # false: a zero point as well
+    dampening: Annotated[float, Field(gt=0, lt=1)] = 0.01  # added to the Hessian's diagonal, as a share of its mean
+    calibration: Calibration = Calibration()
+
+
+class AWQ(Strict):
+    method: Literal["awq"]
+    group_size: Positive = 128
+    symmetric: bool = False
+    grid_points: Positive = 20  # scales tried for each layer
+    calibration: Calibration = Calibration()
+
+
+Quantization = Annotated[Full | BitsAndBytes4 | BitsAndBytes8 | Float8 | Int4 | GPTQ | AWQ, Field(discriminator="method")]
+METHOD_NAMES = ("none", "bitsandbytes-4bit", "bitsandbytes-int8", "torchao-float8", "torchao-int4", "gptq", "awq")
 
 
 class Configuration(Strict):
@@ -139,7 +178,7 @@ def _explain(error: ValidationError, where: str, kind: type[BaseModel]) -> str:
     schema = kind.model_json_schema()
     lines = []
     for e in error.errors():
-        path = [str(p) for p in e["loc"] if not str(p).startswith("bitsandbytes-") and p != "none"] or ["(file)"]
+        path = [str(p) for p in e["loc"] if p not in METHOD_NAMES] or ["(file)"]
         key = ".".join(path)
         if e["type"] == "extra_forbidden":
             near = difflib.get_close_matches(path[-1], _names(schema, schema.get("$defs", {})), n=1)
@@ -147,9 +186,9 @@ def _explain(error: ValidationError, where: str, kind: type[BaseModel]) -> str:
             lines.append(f"{where}: unknown key '{key}'{hint}")
         elif e["type"] in ("literal_error", "union_tag_invalid"):
             expected = e["ctx"].get("expected") or e["ctx"].get("expected_tags")
-            near = difflib.get_close_matches(str(e["input"]), [w.strip("' ") for w in expected.replace(" or ", ",").split(",")], n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
             given = e["input"].get("method") if isinstance(e["input"], dict) else e["input"]
+            near = difflib.get_close_matches(str(given), [w.strip("' ") for w in expected.replace(" or ", ",").split(",")], n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
             lines.append(f"{where}: '{key}' is {given!r}, expected {expected}{hint}")
         elif e["type"] == "missing":
             lines.append(f"{where}: '{key}' is missing")
@@ -207,9 +246,14 @@ def read_configuration(study: str, configuration: str) -> Configuration:
     return result
 
 
+def read_paper() -> dict:
+    """The report that every study is held against: its numbers and its claims, from params/paper.yaml."""
+    return read_yaml(PARAMS / "paper.yaml")
+
+
 def configurations(study: str) -> list[str]:
     """Names of a study's configurations: full precision first, the rest as their files are numbered or named."""
-    names = sorted(p.stem for p in folder(study).glob("*.yaml") if p.stem not in ("study", "paper"))
+    names = sorted(p.stem for p in folder(study).glob("*.yaml") if p.stem != "study")
     return sorted(names, key=lambda n: n not in ("fp16", "bf16", "fp32"))
 
 

@@ -78,7 +78,7 @@ DATA = {"setup": Setup, "evaluation": Evaluation, "benchmark": Benchmark, "fidel
 class Result(BaseModel):
     """The envelope of every result file."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")  # else NaN would quietly become null
 
     schema_version: Literal[1]
     kind: Kind
@@ -193,8 +193,13 @@ def write_text(target: Path, text: str) -> None:
         raise StudyError(f"{clean(str(target))}: {what}, then run again: what is done is kept") from error
 
 
+def write_json(target: Path, value) -> None:
+    """Any JSON; what it has no form for (functions in lm-eval's task configurations) as text, without paths of this machine."""
+    write_text(target, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=lambda v: clean(str(v))) + "\n")
+
+
 def _write(target: Path, result: Result) -> Result:
-    write_text(target, json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(target, result.model_dump(mode="json"))
     return result
 
 

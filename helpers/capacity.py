@@ -1,0 +1,107 @@
+"""What freed memory buys: the largest batch that decodes within a memory budget, and its tokens per second.
+
+The paper's section 4.3 supposes that the memory which 4 bits free makes room for batches large enough to win the throughput back. Here
+torch's allocator is held to the budget (weights, cache, activations and graph; the CUDA context of some hundred MB is outside it), and
+the batch is what still decodes.
+
+    rows, reason = capacity.largest_batches(loaded, sizes, [4, 8, 16], seed=1234, deadline=...)
+"""
+
+import time
+
+import torch
+
+from helpers import decode, memory, timing
+from helpers.throughput import decoder_samples, prompt
+
+DISTINCT_PROMPTS = 32  # prefilled; their rows are repeated to the batch, for prefill in one go needs more room than decode
+CALIBRATION_ROWS = (64, 128)
+MARGIN = 0.97  # of the predicted batch, for fragmentation
+STEP_DOWN = 0.95
+TRIES = 8
+
+
+def batch_that_fits(budget: float, at: tuple[int, int], peaks: tuple[float, float]) -> int:
+    """Batch whose peak, linear through (`at`, `peaks`), is `budget`; 0 if not even one row fits. All in the same unit."""
+    slope = (peaks[1] - peaks[0]) / (at[1] - at[0])
+    return max(0, int((budget - (peaks[0] - slope * at[0])) / slope))
+
+
+def _decoder(model, sizes, batch: int, seed: int, captured: bool) -> decode.Decoder:
+    ids = prompt(model, min(batch, DISTINCT_PROMPTS), sizes.prompt_tokens, seed)
+    return decode.Decoder(model, ids, sizes.decode_tokens, captured=captured, repeat_rows=batch)
+
+
+def _peak_bytes(model, sizes, batch: int, seed: int, captured: bool) -> float:
+    memory.reset_peak(model.device)
+    decoder = _decoder(model, sizes, batch, seed, captured)
+    decoder.step()
+    peak = torch.cuda.max_memory_allocated()
+    decoder.close()
+    return peak
+
+
+def _attempt(model, sizes, batch: int, seed: int, captured: bool) -> list[float] | None:
+    """Samples (ms per token) at this batch; None if it does not fit."""
+    memory.reset_peak(model.device)
+    decoder = None
+    try:
+        decoder = _decoder(model, sizes, batch, seed, captured)
+        return decoder_samples(decoder, sizes)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    finally:
+        if decoder is not None:
+            decoder.close()
+
+
+def _largest(model, sizes, budget_gib: float, predicted: int, seed: int, captured: bool) -> dict:
+    """One row: go down from the predicted batch until it decodes within the budget."""
+    row = {"budget_gib": budget_gib, "mode": "cuda_graph" if captured else "static", "batch": 0, "predicted_batch": predicted}
+    total = torch.cuda.get_device_properties(model.device).total_memory
+    memory.reset_peak(model.device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget_gib * 2**30 / total))
+    try:
+        batch = int(predicted * MARGIN)
+        for attempt in range(1, TRIES + 1):
+            samples = _attempt(model, sizes, batch, seed, captured) if batch else None
+            if samples:
+                found = timing.summary(samples, "ms_per_token")
+                rate = timing.per_second(batch, found["median_ms_per_token"])
+                peak = torch.cuda.max_memory_reserved() / memory.MB
+                row |= {"batch": batch, "tokens_per_second": rate, "peak_reserved_mb": peak, "attempts": attempt}
+                return row | found | {"reason": None}
+            batch = int(batch * STEP_DOWN)
+        return row | {"tokens_per_second": None, "reason": f"no batch from {predicted} down decoded within {budget_gib} GiB"}
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@torch.no_grad()
+def largest_batches(loaded, sizes, budgets_gib: list[float], seed: int, deadline: float, progress=print) -> tuple[list[dict], str | None]:
+    """Rows {budget_gib, mode, batch, tokens_per_second, median_ms_per_token, ..., peak_reserved_mb, reason}, and why there are none.
+
+    mode: "cuda_graph", or "static", the same step uncaptured, where it can't be captured. batch 0 with a reason: nothing fits.
+    """
+    model = loaded.model
+    if model.device.type != "cuda":
+        return [], "a memory budget is held by the GPU's allocator, and there is no GPU here"
+    captured = decode.obstacle(model, "cuda_graph") is None
+    if time.perf_counter() > deadline:
+        return [], "the time for this notebook was over"
+    try:
+        peaks = tuple(_peak_bytes(model, sizes, rows, seed, captured) for rows in CALIBRATION_ROWS)
+    except (RuntimeError, NotImplementedError) as error:
+        return [], f"decoding over a static cache failed: {str(error).splitlines()[0]}"
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    rows = []
+    for budget in budgets_gib:
+        row = {"budget_gib": budget, "mode": "cuda_graph" if captured else "static", "batch": 0, "tokens_per_second": None}
+        if budget * 2**30 > free:
+            rows.append(row | {"reason": f"this GPU has {free / 2**30:.1f} GiB free"})
+        elif time.perf_counter() > deadline:
+            rows.append(row | {"reason": "the time for this notebook was over"})
+        else:
+            rows.append(_largest(model, sizes, budget, batch_that_fits(budget * 2**30, CALIBRATION_ROWS, peaks), seed, captured))
+            progress(f"largest batch in {budget} GiB: {rows[-1]['batch']}, {rows[-1]['tokens_per_second'] or 0:.0f} tokens per second")
+    return rows, None

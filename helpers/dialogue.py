@@ -1,0 +1,431 @@
+"""`hf-dialogue`: lm-eval's Hugging Face model, but contexts that continue one another are prefilled once.
+
+In a conversation turn t's prompt is the beginning of turn t+1's. Stock lm-eval runs each from its start, in batches that go on until the
+last row stops. Here the longest prompt is run once; every turn becomes a row that sees it up to its own length (helpers.slots); rows that
+are done leave, and other dialogues' rows take their place. Requests that share nothing run too, each as a group of one.
+
+    from helpers.dialogue import HFDialogue
+    model = HFDialogue(pretrained=model, tokenizer=tokenizer, answer_line=True)
+    lm_eval.simple_evaluate(model=model, tasks=["coqa_turns"], task_manager=TaskManager(include_path="helpers/tasks"))
+    model.report()          # questions, groups, seconds by phase, peak rows, fallbacks with their reasons
+
+or, with lm-eval's own command line and all its options,
+
+    python -m helpers.dialogue run --model hf-dialogue --model_args pretrained=MODEL --tasks coqa_turns --include_path helpers/tasks
+
+Greedy generation only. Truncation, stop sequences and what is cut off the text are lm-eval's (lm_eval/models/huggingface.py,
+`generate_until`); anything else (sampling, beams, a model whose attention is unfamiliar) is handed to it, and the reason is counted.
+"""
+
+import os
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+
+from helpers.slots import OutOfColumns, Row, Slots, bytes_per_column, unsupported, widest_layer
+
+GREEDY = {"until", "max_gen_toks", "do_sample", "temperature"}
+# Keys of a model's generation_config that don't change what greedy generation yields.
+HARMLESS = {
+    *("bos_token_id", "pad_token_id", "eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens"),
+    *("use_cache", "output_attentions", "output_hidden_states", "transformers_version", "_from_model_config", "cache_implementation"),
+}
+INT32 = 2**31
+CPU_SLOTS = 8  # lm-eval's usual batch there: no more contexts in memory than stock holds
+CPU_ROWS = 128  # a step of so many rows is bound by arithmetic already
+CPU_PREFILL_TOKENS = 1024
+CUDA_SLOTS = 96
+CUDA_ROWS = 1024
+CUDA_PREFILL_TOKENS = 65536
+CUDA_MEMORY_SHARE = 0.6  # of free memory, for slots; the rest is for activations
+
+
+@dataclass
+class Request:
+    """One question: its place in lm-eval's list, its tokens, and when its answer ends."""
+
+    index: int
+    context: str
+    kwargs: dict
+    tokens: list[int]
+    max_gen_toks: int
+    until: list[str]
+    answer_line: bool
+    watch: set[str] = field(default_factory=set)  # last characters of what may end the answer
+    made: list[int] = field(default_factory=list)
+    done: bool = False
+
+
+@dataclass
+class Group:
+    """Requests whose tokens are all the beginning of the first one's."""
+
+    requests: list[Request]
+
+    @property
+    def length(self) -> int:
+        return len(self.requests[0].tokens)
+
+
+def group_by_prefix(requests: list[Request]) -> tuple[list[Group], int]:
+    """Requests as groups, longest context first within each and overall; and how many contexts continue another's text but not its tokens
+    (a token that spans the boundary), which therefore run alone."""
+    groups: list[Group] = []
+    alone, misaligned, leader = [], 0, None
+    for request in sorted(requests, key=lambda r: (r.context, r.index), reverse=True):
+        if leader and leader.requests[0].context.startswith(request.context):
+            if leader.requests[0].tokens[: len(request.tokens)] == request.tokens:
+                leader.requests.append(request)
+            else:
+                misaligned += 1
+                alone.append(Group([request]))
+        else:
+            leader = Group([request])
+            groups.append(leader)
+    return sorted(groups + alone, key=lambda g: -g.length), misaligned
+
+
+@dataclass
+class Limits:
+    """What one round may hold at a time."""
+
+    slots: int
+    rows: int
+    prefill_tokens: int
+
+    def halved(self) -> "Limits | None":
+        if max(self.slots, self.rows) == 1:
+            return None
+        return Limits(max(1, self.slots // 2), max(1, self.rows // 2), max(1, self.prefill_tokens // 2))
+
+
+@register_model("hf-dialogue")
+class HFDialogue(HFLM):
+    """HFLM whose greedy `generate_until` shares prefixes.
+
+    answer_line: a row stops when its first line with text on it ends. CoQA's metric reads no further; other tasks may, so it is off
+    unless asked for. static: decode over fixed buffers (default: on CUDA). cuda_graph: as CUDA graphs. max_slots, max_rows,
+    prefill_tokens: upper limits; found from free memory where not given. Everything else is HFLM's.
+
+    After a run: `seconds` by phase, `counts`, `fallbacks` (reason -> requests), `limits` (of the last round), `generated` (token ids of
+    the last call's answers, in its order; None where HFLM answered).
+    """
+
+    def __init__(self, *args, answer_line=False, static=None, cuda_graph=True, max_slots=None, max_rows=None, prefill_tokens=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.answer_line = answer_line
+        self.static = static
+        self.cuda_graph = cuda_graph
+        self.wanted = {"slots": max_slots, "rows": max_rows, "prefill_tokens": prefill_tokens}
+        self.pieces: dict[int, str] = {}
+        self.windows: dict[str, int] = {}
+        self.reset_report()
+
+    # ---- report
+
+    def reset_report(self) -> None:
+        self.seconds = dict.fromkeys(("tokenization", "prefill", "decode", "stopping", "stock", "total"), 0.0)
+        self.counts = Counter()
+        self.fallbacks = Counter()
+        self.limits: Limits | None = None
+        self.generated: list[list[int] | None] = []
+
+    def report(self) -> dict:
+        """seconds: by phase (s); counts: requests, groups, alone, misaligned, truncated, prefill_tokens, context_tokens (what stock
+        prefills), decode_steps, decode_tokens, peak_rows, graphs, out_of_memory; fallbacks: reason -> requests, or -> 1 for a step that
+        could not be captured; limits: slots, rows, prefill_tokens of the last round."""
+        limits = vars(self.limits) if self.limits else None
+        return {"seconds": dict(self.seconds), "counts": dict(self.counts), "fallbacks": dict(self.fallbacks), "limits": limits}
+
+    @contextmanager
+    def _timed(self, phase: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[phase] += time.perf_counter() - start
+
+    # ---- lm-eval's interface
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """The answers to lm-eval's requests (context, generation arguments), in their order. An error leaves finished answers in lm-eval's
+        cache (`use_cache`) and nothing behind in the model."""
+        self.generated = [None] * len(requests)
+        answers: list[str | None] = [None] * len(requests)
+        with self._timed("total"):
+            reasons = self._reasons(requests)
+            mine = [n for n, reason in enumerate(reasons) if reason is None]
+            stock = [n for n, reason in enumerate(reasons) if reason is not None]
+            with tqdm(total=len(mine), disable=disable_tqdm or self.rank != 0, desc="Running generate_until requests") as bar:
+                self._answer(self._prepare(requests, mine), answers, bar)
+            if stock:
+                self.fallbacks.update(reasons[n] for n in stock)
+                with self._timed("stock"):
+                    found = super().generate_until([requests[n] for n in stock], disable_tqdm=disable_tqdm)
+                for n, answer in zip(stock, found, strict=True):
+                    answers[n] = answer
+        return answers
+
+    def _reasons(self, requests) -> list[str | None]:
+        """For each request, why HFLM must answer it, or None."""
+        reason = unsupported(self.model) if self.backend == "causal" else f"backend {self.backend}"
+        if reason is None and self.mixed_precision_dtype is not None:
+            reason = "mixed_precision_dtype"
+        if reason is None:
+            given = self.model.generation_config.to_diff_dict() if getattr(self.model, "generation_config", None) else {}
+            odd = sorted(set(given) - HARMLESS)
+            reason = f"the model's generation_config sets {', '.join(odd)}" if odd else None
+        if reason is not None:
+            return [reason] * len(requests)
+        reasons = []
+        for request in requests:
+            kwargs = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            odd = sorted(set(kwargs) - GREEDY)
+            if kwargs["do_sample"] or kwargs.get("temperature", 0.0):
+                reasons.append("sampling")
+            elif odd:
+                reasons.append(f"generation argument {', '.join(odd)}")
+            elif not request.args[0]:
+                reasons.append("empty context")
+            else:
+                reasons.append(None)
+        return reasons
+
+    # ---- requests
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        """As HFLM.tok_batch_encode, without padding."""
+        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        bos = getattr(self.tokenizer, "bos_token", None)
+        starts = [has_bos_prefix(text, bos) for text in texts]
+        tokens: list[list[int]] = [[]] * len(texts)
+        for flag, options in ((False, special), (True, {"add_special_tokens": False})):
+            mine = [n for n, start in enumerate(starts) if start == flag]
+            if mine:
+                encoded = self.tokenizer([texts[n] for n in mine], truncation=bool(self.truncation), return_attention_mask=False, **options)
+                for n, ids in zip(mine, encoded["input_ids"], strict=True):
+                    tokens[n] = ids
+        return tokens
+
+    def _prepare(self, requests, mine: list[int]) -> list[Request]:
+        with self._timed("tokenization"):
+            eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+            prepared = []
+            for n, tokens in zip(mine, self._tokens([requests[n].args[0] for n in mine]), strict=True):
+                context, gen_kwargs = requests[n].args
+                kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
+                until = handle_stop_sequences(kwargs["until"], eos=eos)
+                room = self.max_length - kwargs["max_gen_toks"]
+                assert room > 0, f"max_gen_toks {kwargs['max_gen_toks']} must be less than the model's maximum length {self.max_length}"
+                self.counts["truncated"] += len(tokens) > room
+                # A stop sequence that continues over a line's end could still cut that line.
+                line = self.answer_line and self.think_end_token is None and not any("\n" in stop.lstrip() for stop in until)
+                request = Request(n, context, gen_kwargs, tokens[-room:], kwargs["max_gen_toks"], until, line)
+                request.watch = {stop[-1] for stop in until if stop} | ({"\n"} if line else set())
+                prepared.append(request)
+            self.counts["requests"] += len(prepared)
+            self.counts["context_tokens"] += sum(len(r.tokens) for r in prepared)
+            return prepared
+
+    # ---- when an answer ends
+
+    def _piece(self, token: int) -> str:
+        if token not in self.pieces:
+            self.pieces[token] = self.tokenizer.decode([token])
+        return self.pieces[token]
+
+    def _window(self, stop: str) -> int:
+        """How many last tokens lm-eval searches for a stop sequence (lm_eval/models/utils_hf.py, MultiTokenEOSCriteria)."""
+        if stop not in self.windows:
+            self.windows[stop] = len(self.tokenizer.encode(stop, add_special_tokens=False)) + 2
+        return self.windows[stop]
+
+    def _ended(self, request: Request, token: int, eos: set[int]) -> bool:
+        request.made.append(token)
+        if token in eos or len(request.made) >= request.max_gen_toks:
+            return True
+        # Text is decoded only when the newest token could have completed something: it holds a stop's last character, or part of one.
+        piece = self._piece(token)
+        if "\ufffd" not in piece and piece and not getattr(self.tokenizer, "clean_up_tokenization_spaces", False):
+            if not any(character in piece for character in request.watch) and not any(c.isspace() for c in request.watch - {"\n"}):
+                return False
+        if any(stop and stop in self.tokenizer.decode(request.made[-self._window(stop) :]) for stop in request.until):
+            return True
+        return request.answer_line and "\n" in self.tok_decode(request.made).lstrip()
+
+    def _text(self, request: Request) -> str:
+        tokens = request.made
+        if isinstance(self.think_end_token, int) and self.think_end_token in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(self.think_end_token) :]
+        text = self.tok_decode(tokens)
+        if isinstance(self.think_end_token, int):
+            text = text.lstrip()
+        think = self.think_end_token if isinstance(self.think_end_token, str) else None
+        text = postprocess_generated_text(generation=text, stop=request.until, think_end_token=think)
+        if request.answer_line:
+            blank = len(text) - len(text.lstrip())
+            text = text[:blank] + text[blank:].split("\n")[0]
+        return text
+
+    # ---- rounds
+
+    def _answer(self, requests: list[Request], answers: list, bar) -> None:
+        """Answer all requests; out of memory, begin a round anew with half the limits and what is not yet answered."""
+        limits = None
+        while left := [r for r in requests if not r.done]:
+            with self._timed("tokenization"):
+                groups, misaligned = group_by_prefix(left)
+            if limits is None:
+                self.counts["groups"] += len(groups)
+                self.counts["alone"] += sum(len(g.requests) == 1 for g in groups)
+                self.counts["misaligned"] += misaligned
+                limits = self._find_limits(groups)
+            self.limits = limits
+            try:
+                self._round(groups, limits, answers, bar)
+            except (RuntimeError, MemoryError) as error:
+                smaller = limits.halved()
+                if smaller is None or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+                    raise
+                self.counts["out_of_memory"] += 1
+                limits = smaller
+            # Outside the handler: the exception's traceback would keep the round's buffers alive.
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _find_limits(self, groups: list[Group]) -> Limits:
+        """Limits from free memory, from what is worth holding, and so that rows times columns of any layer stay under 2^31."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            free = torch.cuda.mem_get_info(self.device)[0]
+            free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        else:
+            free = psutil.virtual_memory().available
+        slot_bytes = self._columns(groups, CUDA_ROWS if cuda else CPU_ROWS) * bytes_per_column(self.model)
+        most = INT32 // widest_layer(self.model) - 1
+        prefill = min(CUDA_PREFILL_TOKENS if cuda else CPU_PREFILL_TOKENS, most)
+        slots = min(CUDA_SLOTS if cuda else CPU_SLOTS, int(free * CUDA_MEMORY_SHARE / slot_bytes), sum(len(g.requests) for g in groups))
+        found = {"slots": slots, "rows": min(CUDA_ROWS if cuda else CPU_ROWS, most), "prefill_tokens": prefill}
+        return Limits(**{name: max(1, int(self.wanted[name] or value)) for name, value in found.items()})
+
+    @staticmethod
+    def _columns(groups: list[Group], rows: int) -> int:
+        """Columns of a slot to begin with: the longest context, and room for answers of ordinary length."""
+        turns = min(max(len(g.requests) for g in groups), rows)
+        most = max(r.max_gen_toks for g in groups for r in g.requests)
+        return groups[0].length + min(turns * most, max(most, 16 * turns))
+
+    def _round(self, groups: list[Group], limits: Limits, answers: list, bar) -> None:
+        turns = min(limits.rows, max(len(g.requests) for g in groups), 64)
+        queue = [Group(g.requests[n : n + turns]) for g in groups for n in range(0, len(g.requests), turns)]
+        queue.sort(key=lambda g: g.length)  # the longest at the end: memory runs out at once or not at all
+        static = self.static if self.static is not None else self.device.type == "cuda"
+        slots = Slots(
+            self.model,
+            slots=min(limits.slots, len(queue)),
+            turns=turns,
+            columns=self._columns(groups, turns),
+            static=static,
+            captured=static and self.cuda_graph and self.device.type == "cuda",
+        )
+        eos = self._eos()
+        active: dict[int, list[tuple[Row, Request]]] = {}
+        for group in queue:
+            for request in group.requests:
+                request.made.clear()
+        try:
+            while queue or active:
+                self._refill(slots, queue, active, limits, eos, answers, bar)
+                if active:
+                    self._decode(slots, active, eos, answers, bar)
+        finally:
+            self.counts["graphs"] += slots.captures
+            for reason in slots.fallbacks:
+                self.fallbacks[reason] = 1
+
+    def _eos(self) -> set[int]:
+        """What `generate` itself stops at."""
+        found = self.model.generation_config.eos_token_id if getattr(self.model, "generation_config", None) else None
+        return set(found) if isinstance(found, (list, tuple)) else {found} - {None}
+
+    def _refill(self, slots: Slots, queue, active, limits: Limits, eos, answers, bar) -> None:
+        """Prefill groups into free slots, a quarter of the slots at a time."""
+        free = [n for n in range(slots.first, slots.count) if n not in active]
+        rows = sum(len(pairs) for pairs in active.values())
+        if not queue or (active and (len(free) < -(-(slots.count - slots.first) // 4) or rows >= limits.rows)):
+            return
+        while queue and free:
+            batch = []
+            while queue and free[len(batch) :]:
+                group = queue[-1]
+                longest = batch[0].length if batch else group.length
+                full = (len(batch) + 1) * longest > limits.prefill_tokens or rows + len(group.requests) > limits.rows
+                if full and (batch or active):
+                    break
+                batch.append(queue.pop())
+                rows += len(group.requests)
+            if not batch:
+                return
+            with self._timed("prefill"):
+                found = slots.prefill([(g.requests[0].tokens, [len(r.tokens) for r in g.requests]) for g in batch], free[: len(batch)])
+            self.counts["prefill_tokens"] += sum(g.length for g in batch)
+            for slot, group, new in zip(free, batch, found, strict=False):
+                active[slot] = list(zip(new, group.requests, strict=True))
+            free = free[len(batch) :]
+            self.counts["peak_rows"] = max(self.counts["peak_rows"], rows)
+            self._retire(active, eos, answers, bar, fresh={n for n in active if active[n] and not active[n][0][1].made})
+
+    def _decode(self, slots: Slots, active, eos, answers, bar) -> None:
+        rows = [row for slot in sorted(active) for row, _ in active[slot]]
+        with self._timed("decode"):
+            try:
+                slots.step(rows)
+            except OutOfColumns:
+                slots.grow(slots.columns + max(max(len(pairs) for pairs in active.values()), slots.columns // 2))
+                slots.step(rows)
+        self.counts["decode_steps"] += 1
+        self.counts["decode_tokens"] += len(rows)
+        self._retire(active, eos, answers, bar)
+
+    def _retire(self, active, eos, answers, bar, fresh=None) -> None:
+        """Take every row's newest token; rows that are done leave, and slots without rows are free."""
+        start = time.perf_counter()
+        for slot in sorted(active) if fresh is None else sorted(fresh):
+            kept = []
+            for row, request in active[slot]:
+                if not self._ended(request, row.token, eos):
+                    kept.append((row, request))
+                    continue
+                request.done = True
+                answers[request.index] = self._text(request)
+                self.generated[request.index] = request.made
+                self.cache_hook.add_partial("generate_until", (request.context, request.kwargs), answers[request.index])
+                bar.update(1)
+            if kept:
+                active[slot] = kept
+            else:
+                del active[slot]
+        self.seconds["stopping"] += time.perf_counter() - start
+
+
+def main() -> None:
+    """lm-eval's command line, with hf-dialogue among its models."""
+    from lm_eval.__main__ import cli_evaluate
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The tasks coqa_turns and coqa_last_turns: lm-eval's own CoQA, prompt and metric, over any source of dialogues and any turn.
+
+Their data comes from helpers.coqa; `source`, `dialogues` and `data_revision` may be given through lm-eval's --metadata, through
+`TaskManager(metadata=...)` or as the task's `dataset_kwargs`. (lm-eval adds the model's own arguments, `revision` among them, to the
+metadata, hence the longer name.)
+
+    python -m helpers.dialogue run --model hf-dialogue --model_args pretrained=MODEL,answer_line=True --tasks coqa_turns \\
+        --include_path helpers/tasks --metadata '{"source": "EleutherAI/coqa", "dialogues": 100}'
+"""
+
+from functools import lru_cache
+
+from datasets import Dataset
+from lm_eval.tasks.coqa import utils as upstream
+
+from helpers import coqa
+
+ANSWERS = ("answers", "additional_answers")
+
+
+def _columns(columns: dict, turns: int) -> dict:
+    return {name: column[:turns] for name, column in columns.items()}
+
+
+def cut(dialogue: dict, turns: int) -> dict:
+    """The dialogue as if it ended after `turns` turns."""
+    return {
+        **dialogue,
+        "questions": _columns(dialogue["questions"], turns),
+        "answers": _columns(dialogue["answers"], turns),
+        "additional_answers": {k: _columns(v, turns) for k, v in (dialogue.get("additional_answers") or {}).items() if v},
+    }
+
+
+def turns(dialogues: list[dict]) -> list[dict]:
+    """Every turn as a document: `id`, `turn` (from 1), `last_turn`, and the dialogue up to it, gold history included."""
+    documents = []
+    for dialogue in dialogues:
+        count = len(dialogue["questions"]["input_text"])
+        for turn in range(1, count + 1):
+            documents.append({**cut(dialogue, turn), "turn": turn, "last_turn": turn == count})
+    return documents
+
+
+@lru_cache(maxsize=4)
+def _documents(source: str, dialogues: int | None, revision: str | None, last: bool) -> Dataset:
+    found = turns(coqa.read(source, dialogues, revision))
+    found = [d for d in found if d["last_turn"] or not last]
+    # A document is a row of its own text: prompt and references are computed here, once, so that a row stays small.
+    return Dataset.from_list(
+        [
+            {
+                "id": d["id"],
+                "source": d["source"],
+                "turn": d["turn"],
+                "last_turn": d["last_turn"],
+                "question": d["questions"]["input_text"][-1],
+                "text": upstream.doc_to_text(d),
+                "references": upstream.doc_to_target(d),
+            }
+            for d in found
+        ]
+    )
+
+
+def dataset(source="embedded", dialogues=None, data_revision=None, **metadata) -> dict[str, Dataset]:
+    """lm-eval's `custom_dataset` for coqa_turns. Raises StudyError if the source can't be read."""
+    return {"validation": _documents(source, dialogues, data_revision, last=False)}
+
+
+def last_turns(source="embedded", dialogues=None, data_revision=None, **metadata) -> dict[str, Dataset]:
+    """lm-eval's `custom_dataset` for coqa_last_turns: what the stock task `coqa` asks."""
+    return {"validation": _documents(source, dialogues, data_revision, last=True)}
+
+
+def doc_to_text(doc: dict) -> str:
+    return doc["text"]
+
+
+def doc_to_target(doc: dict) -> list[str]:
+    return doc["references"]
+
+
+def process_results(doc: dict, results: list[str]) -> dict:
+    """Exact match and F1 of the prediction's first line, leave-one-out over references (lm_eval/tasks/coqa/utils.py)."""
+    prediction = results[0].strip().split("\n")[0]
+    return upstream.compute_scores(doc["references"], prediction)

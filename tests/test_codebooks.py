@@ -1,0 +1,82 @@
+"""Codebooks against published values, brute force and samples."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from helpers import codebooks
+
+
+def plain_gaussian(scale: float = 8.0) -> codebooks.Density:
+    """A standard normal, not block-normalized, as x = z / scale."""
+    edges = np.linspace(-1, 1, codebooks.BINS + 1)
+    mass, first = np.diff(norm.cdf(edges * scale)), np.diff(-norm.pdf(edges * scale)) / scale
+    second = np.diff(norm.cdf(edges * scale) - edges * scale * norm.pdf(edges * scale)) / scale**2
+    return codebooks.Density(*(torch.from_numpy(s) for s in (mass, first, second)))
+
+
+def test_lloyd_max_of_a_gaussian_is_the_published_quantizer():
+    # Max 1960, table I, N = 16: error 0.009497, outermost levels 2.733, next 2.069, innermost 0.1284
+    levels, error = codebooks.lloyd_max(plain_gaussian(), torch.linspace(-0.5, 0.5, 16))
+    assert error.item() == pytest.approx(0.009497, abs=1e-5)
+    assert (levels * 8)[[8, 14, 15]].tolist() == pytest.approx([0.1284, 2.069, 2.733], abs=2e-3)
+
+
+@pytest.mark.parametrize("block_size", [64, 1024])
+def test_gaussian_blocks_are_what_samples_are(block_size):
+    weight = torch.randn(2**21, generator=torch.Generator().manual_seed(0))
+    x, absmax = codebooks.normalized(weight, block_size)
+    for squared in (False, True):
+        sampled = codebooks.density(x, absmax.double() ** 2 if squared else torch.ones_like(x))
+        exact = codebooks.gaussian_blocks(block_size, by_square=squared)
+        assert exact.mass.sum().item() == pytest.approx(1, abs=1e-9)
+        assert (sampled.mass / sampled.mass.sum() - exact.mass).cumsum(0).abs().max() < 3e-3
+        assert (sampled.second.sum() / sampled.mass.sum()).item() == pytest.approx(exact.second.sum().item(), rel=5e-3)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_errors_from_densities_are_those_of_rounding(name):
+    weight = torch.distributions.StudentT(5.0).sample((200, 640))
+    levels = torch.tensor(codebooks.library(name))
+    x, absmax = codebooks.normalized(weight, 128)
+    brute = levels[(x[:, None] - levels).abs().argmin(1)] * absmax
+    expected = ((weight.flatten() - brute).double() ** 2).sum() / (weight.double() ** 2).sum()
+    density = codebooks.density(x, absmax.double() ** 2)
+    assert codebooks.relative_squared_error(density, levels).item() == pytest.approx(expected.item(), rel=1e-3)
+    torch.testing.assert_close(codebooks.round_to(weight, levels, 128).flatten(), brute)
+
+
+def test_lloyd_max_is_the_optimum_of_brute_force():
+    # A mass of 7 values and 3 levels: every split into three runs of neighbours, each at its mean.
+    values, counts = torch.tensor([-0.9, -0.5, -0.4, 0.1, 0.2, 0.3, 0.95]), torch.tensor([1.0, 2, 2, 3, 1, 3, 1])
+    best = min(
+        sum((((values[p] - np.average(values[p], weights=counts[p])) ** 2) * counts[p]).sum().item() for p in np.split(np.arange(7), cut))
+        for cut in itertools.combinations(range(1, 7), 2)
+    )
+    density = codebooks.density(values, counts)
+    _, error = codebooks.lloyd_max(density, torch.tensor([-0.6, 0.2, 0.9]))
+    assert error.item() == pytest.approx(best / (values**2 * counts).sum().item(), rel=1e-3)
+
+
+def test_no_codebook_beats_lloyd_max_and_batches_are_the_same():
+    densities = [codebooks.gaussian_blocks(size) for size in (64, 256)]
+    stacked = codebooks.Density(*(torch.stack(part) for part in zip(*densities, strict=True)))
+    nf4 = torch.tensor(codebooks.library("nf4"))
+    levels, errors = codebooks.lloyd_max(stacked, nf4)
+    for i, density in enumerate(densities):
+        alone, error = codebooks.lloyd_max(density, nf4)
+        assert (levels[i] - alone).abs().max() < 1e-4 and errors[i].item() == pytest.approx(error.item(), rel=1e-6)
+        for other in (nf4, torch.tensor(codebooks.library("fp4")), torch.tensor(codebooks.uniform()), alone + 0.003, alone * 1.01):
+            assert codebooks.relative_squared_error(density, other) > error
+
+
+def test_uniformity():
+    assert codebooks.describe(codebooks.uniform())["uniform"]
+    fp4 = codebooks.describe(codebooks.library("fp4"))
+    # the smallest magnitudes of FP4 are 0, 1/192, 1/6, 1/4, 1/3; the largest gap is 2/3 to 1
+    assert fp4["distinct"] == 15 and not fp4["uniform"]
+    assert fp4["largest_gap_over_smallest"] == pytest.approx((1 / 3) / (1 / 192), rel=1e-5)
+    assert codebooks.describe([-1.0, 0.0, 0.5, 1.0])["largest_gap_over_smallest"] == 2

@@ -1,0 +1,442 @@
+"""hf-dialogue against stock lm-eval: the same answers, whatever is shared, truncated, blank, endless or interrupted."""
+
+import json
+import subprocess
+import sys
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks.coqa import utils as upstream
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from helpers import ROOT, coqa, slots
+from helpers.dialogue import HFDialogue, Request, group_by_prefix
+
+TASKS = str(ROOT / "helpers" / "tasks")
+SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": None},
+}
+
+
+def small(kind: str, tokenizer, **options):
+    """An untrained model of an architecture: its greedy answers are gibberish, and as sensitive to a wrong mask as any."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "initializer_range": 0.3}
+    config = AutoConfig.for_model(kind, **(sizes | SIZES | FAMILIES.get(kind, {}) | options))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(load):
+    return load("fp16").tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny(tokenizer):
+    return small("llama", tokenizer)
+
+
+def requests(contexts: list[str], **kwargs) -> list[Instance]:
+    arguments = {"until": ["\nQ:"], "max_gen_toks": 12, "do_sample": False} | kwargs
+    return [Instance("generate_until", {}, (context, dict(arguments)), n) for n, context in enumerate(contexts)]
+
+
+def both(model, tokenizer, contexts: list[str], stock_batch: int = 1, options: dict | None = None, **kwargs):
+    """Answers of stock lm-eval and of hf-dialogue, and hf-dialogue itself."""
+    options = options or {}
+    common = {k: options[k] for k in ("max_length", "truncation") if k in options}
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=stock_batch, **common)
+    mine = HFDialogue(pretrained=model, tokenizer=tokenizer, **options)
+    expected = stock.generate_until(requests(contexts, **kwargs), disable_tqdm=True)
+    return expected, mine.generate_until(requests(contexts, **kwargs), disable_tqdm=True), mine
+
+
+def first_line(text: str) -> str:
+    return text.strip().split("\n")[0].strip()
+
+
+def conversation(turns: int, topic: str = "The cat sat on the mat and watched the rain. ") -> list[str]:
+    """Prompts of a made-up dialogue, each the beginning of the next."""
+    prompts, history = [], topic * 3 + "\n\n"
+    for turn in range(turns):
+        history += f"Q: What about {turn}?\n\nA:"
+        prompts.append(history)
+        history += f" the {turn}th thing\n\n"
+    return prompts
+
+
+MIXED = conversation(5) + conversation(3, "Snow fell all night. ") + ["Nothing shared here.\n\nQ: Why?\n\nA:", "x"]
+
+
+# ---- the same answers as stock
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_same_text_in_every_architecture(kind, static, tokenizer):
+    model = small(kind, tokenizer)
+    options = {"static": static, "max_slots": 2}  # fewer slots than groups: they are used again
+    expected, found, mine = both(model, tokenizer, MIXED, options=options)
+    assert found == expected
+    assert len(set(expected)) > 5, "the model says the same to everything; the test would prove little"
+    assert mine.counts["groups"] == 4 and mine.counts["alone"] == 2 and not mine.fallbacks
+    assert mine.counts["prefill_tokens"] < mine.counts["context_tokens"]
+
+
+def test_batched_stock_agrees_too(tiny, tokenizer):
+    expected, found, _ = both(tiny, tokenizer, MIXED, stock_batch=4)
+    assert found == expected
+
+
+@pytest.mark.parametrize("configuration", ["fp16", "nf4", "fp4"])
+def test_same_predictions_and_scores_on_dialogues(configuration, load, tmp_path):
+    """Stock `coqa` over the same dialogues, against the last turns of coqa_turns."""
+    model, tokenizer, _ = load(configuration)
+    dialogues = [shorten(d) for d in coqa.read("embedded", 4)]
+    path = tmp_path / "dialogues.jsonl"
+    path.write_text("\n".join(json.dumps(d) for d in dialogues))
+    manager = TaskManager(include_path=TASKS, metadata={"source": str(path)})
+    arguments = {"task_manager": manager, "bootstrap_iters": 0, "gen_kwargs": {"max_gen_toks": 24}}
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    mine = HFDialogue(pretrained=model, tokenizer=tokenizer, answer_line=True)
+    expected = lm_eval.simple_evaluate(model=stock, tasks=["coqa_turns"], **arguments)
+    found = lm_eval.simple_evaluate(model=mine, tasks=["coqa_turns"], **arguments)
+    for metric in ("f1,none", "em,none"):
+        assert found["results"]["coqa_turns"][metric] == expected["results"]["coqa_turns"][metric]
+    for theirs, ours in zip(expected["samples"]["coqa_turns"], found["samples"]["coqa_turns"], strict=True):
+        assert first_line(ours["resps"][0][0]) == first_line(theirs["resps"][0][0])
+        assert (ours["doc"]["id"], ours["doc"]["turn"]) == (theirs["doc"]["id"], theirs["doc"]["turn"])
+    last = [s for s in found["samples"]["coqa_turns"] if s["doc"]["last_turn"]]
+    assert [s["doc"]["id"] for s in last] == [d["id"] for d in dialogues]
+    for sample, dialogue in zip(last, dialogues, strict=True):
+        assert sample["arguments"][0][0] == upstream.doc_to_text(dialogue)
+        assert {k: sample[k] for k in ("em", "f1")} == upstream.process_results(dialogue, sample["resps"][0])
+
+
+def shorten(dialogue: dict, turns: int = 3, words: int = 60) -> dict:
+    """A dialogue small enough for a test, in the hub's shape."""
+    story = " ".join(dialogue["story"].split()[:words])
+
+    def columns(c):
+        kept = {k: v[:turns] for k, v in c.items()}
+        for field, value in (("span_start", -1), ("span_end", -1), ("span_text", "unknown")):
+            if field in kept:
+                kept[field] = [value] * turns
+        return kept
+
+    return dialogue | {
+        "story": story,
+        "questions": columns(dialogue["questions"]),
+        "answers": columns(dialogue["answers"]),
+        "additional_answers": {k: columns(v) for k, v in dialogue["additional_answers"].items()},
+    }
+
+
+def test_int8_answers_as_stock_does(load):
+    """LLM.int8() looks for outliers in everything that runs together, so only a context alone is certain to come out alike."""
+    model, tokenizer, _ = load("int8")
+    expected, found, mine = both(model, tokenizer, ["The sky is blue.\n\nQ: What colour is the sky?\n\nA:"], max_gen_toks=4)
+    assert found == expected
+    assert mine.counts["requests"] == 1 and not mine.fallbacks
+
+
+# ---- grouping
+
+
+def test_boundary_that_is_no_token_boundary_runs_alone(tiny, tokenizer):
+    short, long = "The answer is un", "The answer is understandable, or so they say. Q:"
+    tokens = [tokenizer.encode(text) for text in (short, long)]
+    assert tokens[1][: len(tokens[0])] != tokens[0], "these texts' tokens line up; choose others"
+    expected, found, mine = both(tiny, tokenizer, [short, long])
+    assert found == expected
+    assert mine.counts["misaligned"] == 1 and mine.counts["groups"] == 2 and mine.counts["alone"] == 2
+
+
+def test_unicode_cut_at_a_boundary(tiny, tokenizer):
+    contexts = ["Ünï", "Ünïcödé 🐈", "Ünïcödé 🐈‍⬛ and 日本", "Ünïcödé 🐈‍⬛ and 日本語のテキスト\n\nQ: 何?\n\nA:"]
+    expected, found, _ = both(tiny, tokenizer, contexts)
+    assert found == expected
+
+
+def request(n: int, text: str, tokens: list[int]) -> Request:
+    return Request(n, text, {}, tokens, 4, [], False)
+
+
+def test_groups_are_true_prefixes_and_hold_every_request():
+    prompts = ["a", "ab", "abc", "abd", "b", "a"]
+    groups, misaligned = group_by_prefix([request(n, p, [ord(c) for c in p]) for n, p in enumerate(prompts)])
+    assert sorted(r.index for g in groups for r in g.requests) == list(range(len(prompts)))
+    for group in groups:
+        longest = group.requests[0]
+        assert all(longest.tokens[: len(r.tokens)] == r.tokens for r in group.requests)
+        assert [len(r.tokens) for r in group.requests] == sorted((len(r.tokens) for r in group.requests), reverse=True)
+    assert [g.length for g in groups] == [3, 3, 1] and misaligned == 0
+
+
+def test_same_context_twice_and_more_turns_than_rows(tiny, tokenizer):
+    contexts = conversation(5) + conversation(5)[2:4]
+    expected, found, mine = both(tiny, tokenizer, contexts, options={"max_rows": 2, "max_slots": 2})
+    assert found == expected and mine.counts["peak_rows"] <= 2
+
+
+# ---- where an answer ends
+
+
+def test_a_context_beyond_the_window_is_cut_as_stock_cuts_it(tiny, tokenizer):
+    expected, found, mine = both(tiny, tokenizer, conversation(6), options={"max_length": 80}, max_gen_toks=12)
+    assert found == expected
+    lengths = [len(tokenizer.encode(text)) for text in conversation(6)]
+    assert mine.counts["truncated"] == sum(n > 68 for n in lengths) > 0
+    assert any(n <= 68 for n in lengths)
+
+
+def test_an_answer_that_never_ends_stops_at_max_gen_toks(tiny, tokenizer):
+    expected, found, mine = both(tiny, tokenizer, MIXED, until=["never this"], max_gen_toks=40, options={"static": True})
+    assert found == expected
+    assert max(len(tokens) for tokens in mine.generated) == 40
+
+
+def test_the_static_buffers_grow_and_the_answers_stay(tiny, tokenizer, monkeypatch):
+    monkeypatch.setattr(HFDialogue, "_columns", staticmethod(lambda groups, rows: groups[0].length + 1))
+    grown = []
+    monkeypatch.setattr(slots.Slots, "grow", lambda self, columns, grow=slots.Slots.grow: (grown.append(columns), grow(self, columns)))
+    for static in (False, True):
+        expected, found, _ = both(tiny, tokenizer, MIXED, max_gen_toks=60, options={"static": static})
+        assert found == expected
+    assert len(grown) >= 2
+
+
+class Script(HFDialogue):
+    """hf-dialogue whose model says what it is told to, token by token: stopping and cutting run as they are."""
+
+    def say(self, text: str, **kwargs) -> str:
+        made = iter(self.tokenizer.encode(text, add_special_tokens=False) + [self.eot_token_id] * 4)
+        (request,) = self._prepare(requests(["Q: x\n\nA:"], **kwargs), [0])
+        while not self._ended(request, next(made), self._eos()):
+            pass
+        return self._text(request)
+
+
+@pytest.fixture(scope="module")
+def script(tiny, tokenizer):
+    return Script(pretrained=tiny, tokenizer=tokenizer, answer_line=True)
+
+
+@pytest.fixture(scope="module")
+def exact(tiny, tokenizer):
+    return Script(pretrained=tiny, tokenizer=tokenizer)
+
+
+SAYINGS = [
+    "",  # an empty answer: end of text at once
+    " blue\n\nQ: Why?\n\nA: because",
+    "\n\n  \n blue\nand more",
+    "\n\nQ: Why?",
+    "\n\n\n",
+    " blue  \nred",
+    " 日本語\nもっと",
+    " Q: is not a stop",
+    " a\n b\n c",
+]
+
+
+@pytest.mark.parametrize("text", SAYINGS)
+def test_what_coqa_reads_is_what_stock_would_have_given_it(text, script, exact):
+    full = text.split("\nQ:")[0]
+    assert exact.say(text, max_gen_toks=100) == full
+    assert first_line(script.say(text, max_gen_toks=100)) == first_line(full)
+
+
+def test_a_row_stops_at_the_end_of_its_line_only_if_asked(script, exact):
+    assert script.say("\n\n blue\n and so on") == "\n\n blue"
+    assert exact.say("\n\n blue\n and so on") == "\n\n blue\n and so on"
+
+
+def test_a_stop_that_spans_lines_is_not_forestalled(script):
+    assert script.say(" blue.\n\n red", until=[".\n\n"]) == " blue"
+
+
+@pytest.mark.parametrize("until", [["."], [" "], [" the"], ["e", "\n\n"], [], "\nQ:", ["\n"]])
+def test_other_stop_sequences(until, tiny, tokenizer, load):
+    expected, found, _ = both(tiny, tokenizer, conversation(3), until=until)
+    assert found == expected
+    model = load("fp16").model
+    expected, found, _ = both(model, tokenizer, conversation(2), until=until, max_gen_toks=8)
+    assert found == expected
+
+
+# ---- what is handed to stock
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "reason"),
+    [
+        ({"do_sample": True, "temperature": 0.7}, "sampling"),
+        ({"num_beams": 2}, "generation argument num_beams"),
+        ({"repetition_penalty": 1.3}, "generation argument repetition_penalty"),
+    ],
+)
+def test_other_ways_to_generate_are_handed_to_stock_with_the_reason(kwargs, reason, tiny, tokenizer):
+    torch.manual_seed(1)
+    stock = HFLM(pretrained=tiny, tokenizer=tokenizer).generate_until(requests(MIXED[:2], **kwargs), disable_tqdm=True)
+    mine = HFDialogue(pretrained=tiny, tokenizer=tokenizer)
+    torch.manual_seed(1)
+    assert mine.generate_until(requests(MIXED[:2], **kwargs), disable_tqdm=True) == stock
+    assert mine.fallbacks == {reason: 2} and mine.generated == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("mistral", {"sliding_window": 16}, "sliding window"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding_attention"),
+        ("gpt2", {"n_embd": 48, "n_layer": 1, "n_head": 2, "n_positions": 512}, "architecture gpt2"),
+    ],
+)
+def test_unfamiliar_models_are_handed_to_stock_with_the_reason(kind, options, reason, tokenizer):
+    expected, found, mine = both(small(kind, tokenizer, **options), tokenizer, MIXED[:3], max_gen_toks=4)
+    assert found == expected
+    (only,) = mine.fallbacks
+    assert reason in only and mine.fallbacks[only] == 3
+
+
+def test_a_generation_config_that_changes_greedy_text_is_respected(tokenizer):
+    model = small("llama", tokenizer)
+    model.generation_config.repetition_penalty = 1.5
+    expected, found, mine = both(model, tokenizer, MIXED[:2])
+    assert found == expected and "repetition_penalty" in next(iter(mine.fallbacks))
+
+
+def test_requests_of_both_kinds_come_back_in_order(tiny, tokenizer):
+    mixed = requests(MIXED[:4])
+    mixed[1].arguments[1]["num_beams"] = 2
+    stock = HFLM(pretrained=tiny, tokenizer=tokenizer, batch_size=1)
+    found = HFDialogue(pretrained=tiny, tokenizer=tokenizer).generate_until(mixed, disable_tqdm=True)
+    assert found == stock.generate_until(mixed, disable_tqdm=True)
+    assert HFDialogue(pretrained=tiny, tokenizer=tokenizer).generate_until([], disable_tqdm=True) == []
+
+
+# ---- errors
+
+
+def fail_at(monkeypatch, call: int, error: Exception) -> list:
+    """Make the n-th decode step raise, once."""
+    calls = []
+
+    def step(self, rows, step=slots.Slots.step):
+        calls.append(len(rows))
+        if len(calls) == call:
+            raise error
+        return step(self, rows)
+
+    monkeypatch.setattr(slots.Slots, "step", step)
+    return calls
+
+
+class Kept:
+    """lm-eval's cache hook, which keeps what is finished."""
+
+    def __init__(self):
+        self.answers = []
+
+    def add_partial(self, kind, arguments, answer):
+        self.answers.append((arguments[0], answer))
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_finished_answers(tiny, tokenizer, monkeypatch):
+    stock = HFLM(pretrained=tiny, tokenizer=tokenizer).generate_until(requests(MIXED), disable_tqdm=True)
+    mine = HFDialogue(pretrained=tiny, tokenizer=tokenizer, max_slots=2, max_rows=8)
+    mine.cache_hook = Kept()
+    fail_at(monkeypatch, 20, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"))
+    assert mine.generate_until(requests(MIXED), disable_tqdm=True) == stock
+    assert mine.counts["out_of_memory"] == 1 and vars(mine.limits) == {"slots": 1, "rows": 4, "prefill_tokens": 512}
+    assert sorted(mine.cache_hook.answers) == sorted(zip(MIXED, stock, strict=True)), "an answer was lost or given twice"
+
+
+def test_out_of_memory_with_nothing_left_to_halve_is_the_users_to_see(tiny, tokenizer, monkeypatch):
+    def prefill(self, *arguments):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(slots.Slots, "prefill", prefill)
+    mine = HFDialogue(pretrained=tiny, tokenizer=tokenizer, max_slots=4, max_rows=4)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        mine.generate_until(requests(MIXED), disable_tqdm=True)
+    assert mine.counts["out_of_memory"] == 2
+
+
+def test_an_error_leaves_the_model_as_it_was_and_a_second_run_finishes(tiny, tokenizer, monkeypatch):
+    before = tiny.config._attn_implementation
+    mine = HFDialogue(pretrained=tiny, tokenizer=tokenizer)
+    mine.cache_hook = Kept()
+    fail_at(monkeypatch, 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        mine.generate_until(requests(MIXED), disable_tqdm=True)
+    assert tiny.config._attn_implementation == before
+    stock = HFLM(pretrained=tiny, tokenizer=tokenizer).generate_until(requests(MIXED), disable_tqdm=True)
+    assert mine.generate_until(requests(MIXED), disable_tqdm=True) == stock
+
+
+def test_rows_times_columns_stay_under_two_to_the_31(tokenizer):
+    model = small("llama", tokenizer)
+    model.lm_head = torch.nn.Linear(96, 2**28, bias=False, device="meta")
+    assert slots.widest_layer(model) == 2**28
+    mine = HFDialogue(pretrained=model, tokenizer=tokenizer)
+    groups, _ = group_by_prefix([request(0, "a", [1] * 100)])
+    limits = mine._find_limits(groups)
+    assert max(limits.rows, limits.prefill_tokens) * 2**28 < 2**31
+
+
+# ---- other requests of HFLM, lm-eval's command line
+
+
+def test_loglikelihood_is_untouched(tiny, tokenizer):
+    pairs = [Instance("loglikelihood", {}, ("The cat", " sat"), n) for n in range(2)]
+    stock = HFLM(pretrained=tiny, tokenizer=tokenizer).loglikelihood(pairs, disable_tqdm=True)
+    mine = HFDialogue(pretrained=tiny, tokenizer=tokenizer)
+    mine.generate_until(requests(MIXED[:2]), disable_tqdm=True)
+    assert mine.loglikelihood(pairs, disable_tqdm=True) == stock
+
+
+def test_lm_evals_command_line(tiny, tokenizer, tmp_path):
+    """A task of our own and its data by --metadata, a saved model by --model_args, samples by --log_samples."""
+    tiny.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = tmp_path / "dialogues.json"
+    path.write_text(json.dumps([shorten(d) for d in coqa.read("embedded", 2)]))
+    command = [sys.executable, "-m", "helpers.dialogue", "run", "--model", "hf-dialogue", "--tasks", "coqa_turns", "--device", "cpu"]
+    command += ["--model_args", f"pretrained={tmp_path / 'model'},answer_line=True", "--include_path", TASKS]
+    command += ["--metadata", json.dumps({"source": str(path)}), "--gen_kwargs", "max_gen_toks=4", "--log_samples"]
+    done = subprocess.run([*command, "--output_path", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "|coqa_turns|" in done.stdout.replace(" ", "")
+    (samples,) = (tmp_path / "out").rglob("samples_coqa_turns_*.jsonl")
+    docs = [json.loads(line)["doc"] for line in samples.read_text().splitlines()]
+    assert [d["turn"] for d in docs] == [1, 2, 3, 1, 2, 3] and [d["last_turn"] for d in docs] == [False, False, True] * 2
+
+
+# ---- on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_captured_step_answers_as_the_eager_one(tokenizer):
+    model = small("llama", tokenizer).cuda()
+    eager = HFDialogue(pretrained=model, tokenizer=tokenizer, cuda_graph=False).generate_until(requests(MIXED), disable_tqdm=True)
+    captured = HFDialogue(pretrained=model, tokenizer=tokenizer)
+    assert captured.generate_until(requests(MIXED), disable_tqdm=True) == eager
+    assert captured.counts["graphs"] > 0 and not captured.fallbacks

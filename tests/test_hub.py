@@ -1,0 +1,253 @@
+"""Models and data sets from the hub, over real HTTP from a stand-in (tests/hub_server.py).
+
+huggingface_hub reads its environment variables once, when it is imported, so what depends on them runs in a process of its own.
+"""
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from huggingface_hub import errors
+
+from helpers import ROOT, coqa, hub, models, params
+from tests.hub_server import GRANTED, NOT_GRANTED, Hub, Repository
+
+# Two layers of the architectures that the shipped studies use. Their vocabulary is the embedded model's, whose tokenizer they borrow.
+TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+ARCHITECTURES = ("llama", "qwen2", "mistral")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+PROMPT = [1, 504, 2, 33, 7, 905]
+
+ASK = """
+import json, sys
+from helpers import hub
+for name, revision in json.loads(sys.argv[1]):
+    try:
+        print(json.dumps(hub.plan(name, revision)))
+    except hub.HubError as error:
+        print(json.dumps({"reason": error.reason, "sentence": str(error)}))
+"""
+
+LOAD = """
+import json, sys, torch
+from helpers import coqa, models, params
+SIZES = {"prefill_tokens": [8], "batch_sizes": [1], "prompt_tokens": 8, "decode_tokens": 2, "repeats": 3, "warmup": 1}
+found = {}
+for name in sys.argv[2:]:
+    found[name] = {}
+    for method in ("fp16", "nf4", "int8"):
+        values = {"study": "t", "title": "t", "model": {"source": "hub", "name": name}, "benchmark": {"cpu": SIZES, "cuda": SIZES}}
+        study, _ = params.check(values, "test")
+        model, tokenizer, info = models.load(study, params.read_configuration("smollm2-135m", method))
+        tokens = torch.tensor([json.loads(sys.argv[1])], device=model.device)
+        with torch.no_grad():
+            logits = model(tokens).logits[0, -1].float().cpu()
+            new = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        found[name][method] = {
+            "layers": info["quantized_layers"], "tokens": new[0, tokens.shape[1]:].tolist(), "logits": logits[:50].tolist(),
+            "finite": bool(logits.isfinite().all()), "architecture": type(model).__name__,
+            "source": models.prepare(study), "text": tokenizer("A cat sat.")["input_ids"],
+        }
+found["validation"] = coqa.read("EleutherAI/coqa")
+found["train"] = coqa.read("EleutherAI/coqa", 1, split="train")
+print("RESULT" + json.dumps(found))
+"""
+
+
+def python(code: str, *arguments: str, url: str, home, **environment: str) -> str:
+    """What a fresh process prints with a hub at `url` and a cache at `home`."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_OFFLINE"))}
+    ours = {"HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=kept | ours | environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def ask(names: list, **where) -> list[dict]:
+    """hub.plan of each [name, revision]."""
+    return [json.loads(line) for line in python(ASK, json.dumps(names), **where).splitlines()]
+
+
+def read(found: str) -> dict:
+    return json.loads(found.split("RESULT")[1])
+
+
+@pytest.fixture(scope="module")
+def repositories(study, tmp_path_factory) -> list[Repository]:
+    import datasets
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from_embedded = {name: Path(models.prepare(study), name).read_bytes() for name in TOKENIZER}
+    made = []
+    for architecture in ARCHITECTURES:
+        folder = tmp_path_factory.mktemp(architecture)
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(architecture, vocab_size=49152, max_position_embeddings=512, **TINY)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder, max_shard_size="9MB")
+        files = {p.name: p.read_bytes() for p in folder.iterdir()} | from_embedded
+        # What hub repositories hold beside it and nobody needs.
+        files |= {"pytorch_model.bin": b"pickle", "original/consolidated.00.pth": b"pickle", "onnx/config.json": b"{}"}
+        made.append(Repository(f"tiny/{architecture}", files))
+    small = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"0" * 8, "tokenizer.json": b"{}"}
+    tables = {}
+    for split, rows in {"train": coqa.read("embedded", 3), "validation": coqa.read("embedded", 5)[3:]}.items():
+        buffer = io.BytesIO()
+        datasets.Dataset.from_list(rows).to_parquet(buffer)
+        tables[f"coqa_{split}.parquet"] = buffer.getvalue()
+    return [
+        *made,
+        Repository(
+            "EleutherAI/coqa", tables | {"README.md": b"---\nlicense: other\n---\n", "coqa.py": b"raise SystemExit"}, kind="dataset"
+        ),
+        Repository("tiny/gated", small, gated=True),
+        Repository("tiny/pickle", {"config.json": b"{}", "pytorch_model.bin": b"pickle"}),
+        Repository("tiny/huge", small | {"model.safetensors": 10**15}),
+        Repository("tiny/down", small, status=503),
+        Repository("tiny/busy", small, status=429),
+    ]
+
+
+@pytest.fixture
+def server(repositories):
+    with Hub(repositories) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    "name, revision, token, reason, words",
+    [
+        ("tiny/gated", None, None, "gated", ["ask for access on https://huggingface.co/tiny/gated", "auth login", "HF_TOKEN"]),
+        ("tiny/gated", None, NOT_GRANTED, "gated", ["your token has no access", "ask for access"]),
+        ("tiny/gated", None, "hf_mistyped", "token", ["not valid", "HF_TOKEN"]),
+        ("tiny/nothere", None, None, "missing", ["model.name", "no model tiny/nothere", "private"]),
+        ("tiny/nothere", None, GRANTED, "missing", ["no model tiny/nothere", "token may not see it"]),
+        ("tiny/llama", "v9", None, "revision", ["tiny/llama has no revision 'v9'", "commits/main"]),
+        ("tiny/llama", "0" * 40, None, "revision", ["has no revision '0000"]),
+        ("not a name", None, None, "missing", ["'not a name' is not a hub name", "OWNER/NAME"]),
+        ("tiny/pickle", None, None, "format", ["no safetensors weights"]),
+        ("tiny/huge", None, None, "disk", ["1000000.0 GB", "HF_HOME"]),
+        ("tiny/down", None, None, "network", ["error 503", "try again later"]),
+        ("tiny/busy", None, None, "network", ["429", "wait"]),
+    ],
+)
+def test_each_failure_is_one_sentence_before_any_download(server, tmp_path, name, revision, token, reason, words):
+    (found,) = ask([[name, revision]], url=server.url, home=tmp_path, **({"HF_TOKEN": token} if token else {}))
+    assert found["reason"] == reason
+    assert all(word in found["sentence"] for word in words), found["sentence"]
+    assert "\n" not in found["sentence"] and not found["sentence"].endswith(".")
+    assert not [path for method, path, _ in server.log if method == "GET" and "/resolve/" in path]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_granted_token_opens_a_gated_model_and_does_not_leave_the_hub(server, tmp_path):
+    (found,) = ask([["tiny/gated", None]], url=server.url, home=tmp_path, HF_TOKEN=GRANTED)
+    assert found["files"] == ["config.json", "model.safetensors", "tokenizer.json"]
+    python("from helpers import hub; hub.snapshot('tiny/llama')", url=server.url, home=tmp_path, HF_TOKEN=GRANTED)
+    large = [token for method, path, token in server.log if path.startswith("/cdn/") and method == "GET"]
+    assert large and set(large) == {None}
+
+
+def test_architectures_load_from_the_hub_and_again_without_it(repositories, tmp_path):
+    """Llama, Qwen2 and Mistral through models.load in full precision, NF4 and LLM.int8(); then one from the cache, the server gone."""
+    names = [f"tiny/{a}" for a in ARCHITECTURES]
+    with Hub(repositories) as server:
+        online = read(python(LOAD, json.dumps(PROMPT), *names, url=server.url, home=tmp_path))
+        fetched = [path for method, path, _ in server.log if method == "GET" and "/resolve/" in path]
+    assert not [path for path in fetched if path.endswith((".bin", ".pth", ".py")) or "onnx" in path]
+    for repository, name in zip(repositories, names):
+        rows = online[name]
+        assert {r["architecture"].removesuffix("ForCausalLM").lower() for r in rows.values()} == {name.removeprefix("tiny/")}
+        assert all(r["finite"] and len(r["tokens"]) == 4 for r in rows.values())
+        assert [r["layers"] for r in rows.values()] == [0, 14, 14]  # seven linear layers in each block
+        assert all(hub.resolved_revision(r["source"]) == repository.commit for r in rows.values())
+        # Quantized, but of the same weights: near the full precision's logits, and not equal to them.
+        full = rows["fp16"]["logits"]
+        spread = max(full) - min(full)
+        for method in ("nf4", "int8"):
+            off = max(abs(a - b) for a, b in zip(full, rows[method]["logits"]))
+            assert 0 < off < spread, (name, method, off, spread)
+    assert online["validation"] == coqa.read("embedded", 5)[3:]
+    assert online["train"] == coqa.read("embedded", 1)
+    offline = read(python(LOAD, json.dumps(PROMPT), names[0], url=server.url, home=tmp_path, HF_HUB_OFFLINE="1"))
+    assert offline == {key: online[key] for key in (names[0], "validation", "train")}
+
+
+def test_cache_answers_when_the_hub_can_not(repositories, tmp_path):
+    llama, commit = repositories[0].name, repositories[0].commit
+    with Hub(repositories) as server:
+        python(f"from helpers import hub; hub.snapshot('{llama}')", url=server.url, home=tmp_path)
+        before = len(server.log)
+        (pinned,) = ask([[llama, commit]], url=server.url, home=tmp_path)
+        assert not [path for _, path, _ in server.log[before:] if llama in path], "a pinned and cached model needs no request"
+    assert pinned["pinned"] and pinned["bytes_to_download"] == 0
+    names = [[llama, None], [llama, commit], ["tiny/qwen2", None]]
+    main, pinned, absent = ask(names, url=server.url, home=tmp_path)
+    assert (main["from_cache"], main["commit"], pinned["commit"]) == (True, commit, commit)
+    assert absent["reason"] == "network" and server.url in absent["sentence"] and "HF_ENDPOINT" in absent["sentence"]
+    main, pinned, absent = ask(names, url=server.url, home=tmp_path, HF_HUB_OFFLINE="1")
+    assert main["from_cache"] and pinned["from_cache"] and main["files"] == pinned["files"]
+    assert absent["reason"] == "offline" and "tiny/qwen2 (main) is not complete" in absent["sentence"]
+    # A cache that lost a shard is not taken for a whole one.
+    shards = sorted(tmp_path.rglob("model-*-of-*.safetensors"))
+    assert len(shards) > 1
+    shards[0].unlink()
+    (cut,) = ask([[llama, None]], url=server.url, home=tmp_path, HF_HUB_OFFLINE="1")
+    assert cut["reason"] == "offline"
+
+
+def test_check_asks_for_model_and_data(server, tmp_path):
+    values = {"study": "t", "title": "t", "model": {"source": "hub", "name": "tiny/llama"}, "data": {"source": "EleutherAI/coqa"}}
+    sizes = params.read_yaml(ROOT / "params/smollm2-135m/study.yaml")["benchmark"]
+    code = "import json, sys; from helpers import hub, params; study, _ = params.check(json.loads(sys.argv[1]), 't'); "
+    found = json.loads(
+        python(code + "print(json.dumps(hub.check(study)))", json.dumps(values | {"benchmark": sizes}), url=server.url, home=tmp_path)
+    )
+    assert "config.json" in found["model"]["files"]
+    assert found["data"]["files"] == ["README.md", "coqa_train.parquet", "coqa_validation.parquet"]
+    assert not [path for method, path, _ in server.log if method == "GET" and "/resolve/" in path]
+    values["data"]["source"] = "EleutherAI/nothere"
+    code += "\ntry: hub.check(study)\nexcept hub.HubError as error: print(error)"
+    sentence = python(code, json.dumps(values | {"benchmark": sizes}), url=server.url, home=tmp_path)
+    assert "data.source: the hub has no dataset EleutherAI/nothere" in sentence
+
+
+def test_nothing_of_an_embedded_study_is_asked_of_the_hub(study):
+    assert hub.check(study) == {}
+    assert not any(map(hub.is_hub_data, ("embedded", "embedded-held-out", "mine.jsonl", "/a/b.json")))
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error, reason, words",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "disk", "is full"),
+        (caused(RuntimeError("data processing"), OSError(errno.ENOSPC, "No space left on device")), "disk", "is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/cache"), "disk", "can't be written"),
+        (caused(httpx.ConnectError("refused"), PermissionError(errno.EACCES, "Permission denied")), "network", "can't be reached"),
+        (httpx.ReadTimeout("slow"), "network", "ReadTimeout"),
+        (errors.FileMetadataError("no commit"), "network", "does not answer like a model hub"),
+        (RuntimeError("something new\nwith a second line"), "network", "RuntimeError: something new"),
+    ],
+)
+def test_system_errors_are_explained(error, reason, words):
+    found = hub.explain(error, "tiny/llama")
+    assert found.reason == reason and words in str(found) and "\n" not in str(found)
+
+
+def test_resolved_revision_of_what_is_no_snapshot():
+    assert hub.resolved_revision("/models/mine") is None
+    assert hub.resolved_revision("tiny/never", "a" * 40) == "a" * 40
+    assert hub.resolved_revision(f"/cache/snapshots/{'b' * 40}") == "b" * 40

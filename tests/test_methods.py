@@ -1,0 +1,308 @@
+"""The registry of quantization methods, calibration that never sees an evaluated dialogue, and the cache of calibrated weights."""
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+
+from helpers import NotHere, StudyError, calibration, compress, coqa, memory, methods, models, params, weights
+
+TINY = {
+    "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+TOKENS = {"source": "random-tokens", "samples": 4, "sequence_length": 32}
+
+
+def configuration(method: str, dtype: str = "auto", **options) -> params.Configuration:
+    return params.Configuration(configuration="c", label="C", dtype=dtype, quantization={"method": method, **options})
+
+
+@pytest.fixture
+def tiny(study, tmp_path, monkeypatch) -> params.Study:
+    """A two-layer llama with random weights, and an empty cache."""
+    monkeypatch.setattr(models, "CACHE", tmp_path)
+    monkeypatch.setattr(compress, "CACHE", tmp_path)
+    return study.model_copy(update={"model": params.Model(source="random", name="tiny", architecture=TINY), "data": None})
+
+
+def without(monkeypatch, *packages: str) -> None:
+    monkeypatch.setattr(methods.importlib.util, "find_spec", lambda name: None if name in packages else object())
+
+
+def gpu(monkeypatch, capability: tuple[int, int] | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU X")
+
+
+# ---- registry ----
+
+
+def test_every_method_of_the_schema_has_an_entry():
+    tags = {get_args(kind.model_fields["method"].annotation)[0] for kind in get_args(get_args(params.Quantization)[0])}
+    assert tags == set(methods.METHODS) == set(params.METHOD_NAMES)
+
+
+def test_shipped_configurations_cover_every_method():
+    used = {params.read_configuration("smollm2-135m", c).quantization.method for c in params.configurations("smollm2-135m")}
+    assert used == set(methods.METHODS)
+
+
+@pytest.mark.parametrize(
+    ("method", "package"),
+    [("gptq", "llmcompressor"), ("awq", "llmcompressor"), ("gptq", "compressed_tensors"), ("torchao-float8", "torchao")],
+)
+def test_missing_package_is_said_before_any_work(study, monkeypatch, method, package):
+    without(monkeypatch, package)
+    monkeypatch.setattr(models, "prepare", lambda study: pytest.fail("work was started"))
+    with pytest.raises(NotHere, match=f"^c: {method} needs {package}, not installed here; run `make setup METHODS=all`$"):
+        models.load(study, configuration(method))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "least"), [("torchao-float8", {"activations": "dynamic"}, "8.9"), ("torchao-int4", {}, "8.0")]
+)
+def test_gpu_that_a_method_needs(monkeypatch, method, options, least):
+    without(monkeypatch)
+    wanted = configuration(method, dtype="bfloat16", **options)
+    gpu(monkeypatch, None)
+    with pytest.raises(NotHere, match=f"capability {least} or more, and there is no GPU here"):
+        methods.require(wanted)
+    gpu(monkeypatch, (7, 5))
+    with pytest.raises(NotHere, match=f"capability {least} or more, and GPU X has 7.5"):
+        methods.require(wanted)
+    gpu(monkeypatch, (9, 0))
+    methods.require(wanted)
+
+
+def test_weight_only_float8_needs_no_gpu(monkeypatch):
+    without(monkeypatch)
+    gpu(monkeypatch, None)
+    methods.require(configuration("torchao-float8"))
+
+
+def test_kernel_without_the_wanted_type(monkeypatch):
+    without(monkeypatch)
+    gpu(monkeypatch, (9, 0))
+    with pytest.raises(StudyError, match="dtype is auto, but torchao-int4 has a kernel for bfloat16 alone"):
+        methods.require(configuration("torchao-int4"))
+
+
+def test_unpacked_methods_claim_no_kernel(load):
+    for name in ("gptq", "awq"):
+        method = methods.METHODS[name]
+        assert not method.packed
+        assert method.kernel(configuration(name).quantization, "cuda", "float16").startswith("unpacked to float16")
+    info = load("nf4").info
+    assert info["packed"] and info["quantized_layers"] == 210 and "nf4" in info["kernel"]
+    assert load("fp16").info["quantized_layers"] == 0 and not load("fp16").info["packed"]
+
+
+# ---- calibration ----
+
+
+def test_text_is_lm_evals_prompt():
+    from lm_eval.tasks.coqa.utils import doc_to_text
+
+    dialogue = coqa.read("embedded-held-out")[0]
+    prompt, last = doc_to_text(dialogue), dialogue["answers"]["input_text"][-1]
+    assert calibration.text(dialogue) == f"{prompt} {last}\n\n"
+
+
+def test_shipped_calibration_never_sees_an_evaluated_dialogue(study):
+    evaluated = coqa.read(study.data.source)  # all that ship, not only those that this study asks
+    ids, stories = {d["id"] for d in evaluated}, {" ".join(d["story"].lower().split()) for d in evaluated}
+    for name in ("gptq", "awq"):
+        wanted = params.read_configuration("smollm2-135m", name).quantization.calibration
+        chosen = calibration._dialogues(study, wanted)
+        assert len(chosen) == wanted.samples == len({d["id"] for d in chosen})
+        assert not ids & {d["id"] for d in chosen}
+        assert not stories & {" ".join(d["story"].lower().split()) for d in chosen}
+
+
+def test_calibrating_on_the_evaluated_set_is_refused(study):
+    with pytest.raises(StudyError, match="is also evaluated in this study"):
+        calibration.samples(study, params.Calibration(source="embedded", samples=2), tokenizer=str.split, vocabulary=10)
+
+
+@pytest.mark.parametrize("change", [{"id": "new"}, {"story": "Another story."}, {"id": "new", "story": "upper"}])
+def test_leak_by_id_or_by_story_is_refused(study, change):
+    dialogue = coqa.read(study.data.source, 1)[0]
+    changed = dialogue | change
+    if change.get("story") == "upper":
+        changed["story"] = "\n ".join(dialogue["story"].upper().split(" "))
+    with pytest.raises(StudyError, match=f"dialogue {changed['id']} is also evaluated"):
+        calibration.check_unseen([coqa.read("embedded-held-out")[0], changed], study)
+
+
+def test_dialogue_that_is_neither_is_allowed(study):
+    calibration.check_unseen([coqa.read(study.data.source, 1)[0] | {"id": "new", "story": "Another story."}], study)
+
+
+def test_samples_are_cut_and_recorded(study, load):
+    wanted = params.Calibration(samples=3, sequence_length=40)
+    ids, record = calibration.samples(study, wanted, load("fp16").tokenizer, 0)
+    assert [len(i) for i in ids] == [40] * 3 and record["tokens"] == 120
+    assert load("fp16").tokenizer.decode(ids[0]) in calibration.text(coqa.read("embedded-held-out")[0])
+    assert calibration.samples(study, wanted.model_copy(update={"samples": 2}), load("fp16").tokenizer, 0)[1]["sha256"] != record["sha256"]
+
+
+def test_too_many_samples(study):
+    with pytest.raises(StudyError, match=r"calibration\.samples: 21 asked for, but embedded-held-out has 20"):
+        calibration.samples(study, params.Calibration(samples=21), str.split, 10)
+
+
+def test_random_tokens_come_from_the_seed(tiny):
+    wanted = params.Calibration(**TOKENS)
+    ids, record = calibration.samples(tiny, wanted, None, 256)
+    assert len(ids) == 4 and {len(i) for i in ids} == {32} and min(map(min, ids)) >= 0 and max(map(max, ids)) < 256
+    assert calibration.samples(tiny, wanted, None, 256)[0] == ids
+    assert calibration.samples(tiny.model_copy(update={"seed": 5}), wanted, None, 256)[1]["sha256"] != record["sha256"]
+
+
+def test_text_for_a_model_without_a_tokenizer(tiny):
+    with pytest.raises(StudyError, match="no tokenizer to read embedded-held-out with; write random-tokens"):
+        calibration.samples(tiny, params.Calibration(), None, 256)
+
+
+# ---- group size ----
+
+
+def test_group_size_that_does_not_divide(study):
+    architecture = models.AutoConfig.from_pretrained(models.prepare(study))
+    with pytest.raises(StudyError, match="group_size: 128 does not divide the model's hidden size 576; write 64 or 32"):
+        compress.check_group_size(architecture, 128)
+    compress.check_group_size(architecture, 64)
+
+
+# ---- cache ----
+
+PARTS = {
+    "weights": "w", "recipe": {"method": "gptq", "group_size": 64}, "calibration": "c", "computed_in": "torch.float32 on cpu",
+    "versions": {"torch": "1", "llmcompressor": "2"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weights": "v"}, {"recipe": {"method": "gptq", "group_size": 32}}, {"calibration": "d"}, {"computed_in": "torch.float16 on cuda"},
+     {"versions": {"torch": "1", "llmcompressor": "3"}}],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_key_changes_with_each_ingredient(change):
+    assert compress.key(PARTS | change) != compress.key(PARTS)
+    assert compress.key(dict(reversed(PARTS.items()))) == compress.key(PARTS)
+
+
+def test_ingredients_hold_what_the_weights_depend_on(monkeypatch):
+    monkeypatch.setattr(compress.metadata, "version", lambda package: f"{package} 1")
+    wanted = configuration("awq", grid_points=7)
+    parts = compress.ingredients(wanted, "w", {"sha256": "c"}, torch.device("cpu"), torch.float32)
+    assert set(parts) == set(PARTS) and parts["recipe"]["grid_points"] == 7 and parts["versions"]["llmcompressor"] == "llmcompressor 1"
+
+
+def test_weights_key_is_the_commit_or_the_content(tmp_path):
+    assert compress.weights_key(tmp_path / ("a" * 40)) == "a" * 40
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    first = compress.weights_key(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"2")
+    assert compress.weights_key(tmp_path) != first
+
+
+def _quantized(tiny, wanted):
+    return compress.quantized(tiny, wanted, models.prepare(tiny), None, torch.device("cpu"), torch.float32)
+
+
+def test_quantized_once(tiny, monkeypatch):
+    calls = []
+
+    def quantize(source, target, options, ids, dtype):
+        calls.append(options.group_size)
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(bytes(7))
+        return 2.5
+
+    monkeypatch.setattr(compress.metadata, "version", lambda package: "1")
+    monkeypatch.setattr(compress, "_quantize", quantize)
+    first, record = _quantized(tiny, configuration("gptq", group_size=32, calibration=TOKENS))
+    assert not record["from_cache"] and record["quantize_seconds"] == 2.5 and record["checkpoint_bytes"] == 7
+    second, again = _quantized(tiny, configuration("gptq", group_size=32, calibration=TOKENS))
+    assert second == first and again == record | {"from_cache": True} and calls == [32]
+    assert json.loads((first / "record.json").read_text())["calibration"]["samples"] == 4
+    other, _ = _quantized(tiny, configuration("gptq", group_size=64, calibration=TOKENS))
+    assert other != first and calls == [32, 64]
+
+
+def test_failed_quantization_leaves_nothing(tiny, monkeypatch, tmp_path):
+    def quantize(source, target, *_):
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compress.metadata, "version", lambda package: "1")
+    monkeypatch.setattr(compress, "_quantize", quantize)
+    with pytest.raises(StudyError, match=r"could not be written \(No space left on device\); free some disk space"):
+        _quantized(tiny, configuration("gptq", group_size=32, calibration=TOKENS))
+    assert list((tmp_path / "quantized").iterdir()) == []
+
+
+# ---- the real thing, where the packages are ----
+
+
+def _levels(weight: torch.Tensor, group_size: int) -> int:
+    """Most distinct values in one group of a weight (out, in)."""
+    groups = weight.reshape(-1, group_size)
+    return max(len(torch.unique(row)) for row in groups)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_calibrated(tiny, method):
+    pytest.importorskip("llmcompressor")
+    wanted = configuration(method, group_size=32, calibration=TOKENS)
+    full, loaded = models.load(tiny, configuration("none")), models.load(tiny, wanted)
+    info = loaded.info
+    assert info["quantize_seconds"] > 0 and not info["from_cache"] and not info["packed"]
+    assert info["quantized_layers"] == 14 == len(models.quantized_layers(loaded.model))
+    # Two bytes for each of the 256 x 64 embeddings, half of one for each other weight, and their scales.
+    assert info["checkpoint_bytes"] < full.info["checkpoint_bytes"] / 2
+    layer = loaded.model.model.layers[0].mlp.down_proj
+    assert type(layer).forward is torch.nn.Linear.forward and "forward" not in vars(layer)
+    assert _levels(layer.weight, 32) <= 16 < _levels(full.model.model.layers[0].mlp.down_proj.weight, 32)
+    assert torch.equal(weights.dequantize(layer), layer.weight)
+    # Unpacked: as large as full precision, not a quarter of it.
+    assert memory.stored_bytes(loaded.model) == memory.stored_bytes(full.model)
+    ids = torch.arange(32, device=full.model.device)[None]
+    with torch.inference_mode():
+        expected, got = full.model(ids).logits, loaded.model(ids).logits
+    assert 0 < (got - expected).norm() / expected.norm() < 0.3
+    again = models.load(tiny, wanted)
+    assert again.info["from_cache"] and again.info["quantize_seconds"] == info["quantize_seconds"]
+    with torch.inference_mode():
+        assert torch.equal(again.model(ids).logits, got)
+
+
+def test_pinning_is_left_out_only_without_a_gpu_and_only_for_a_while():
+    cache = pytest.importorskip("llmcompressor.pipelines.cache").IntermediatesCache
+    before = cache.pin_memory
+    with compress._without_pinning():
+        assert (cache.pin_memory is before) == torch.cuda.is_available()
+    assert cache.pin_memory is before
+
+
+def test_float8(tiny):
+    pytest.importorskip("torchao")
+    full, loaded = models.load(tiny, configuration("none")), models.load(tiny, configuration("torchao-float8"))
+    assert loaded.info["quantized_layers"] == 14 and loaded.info["packed"]
+    layer, original = loaded.model.model.layers[0].mlp.down_proj, full.model.model.layers[0].mlp.down_proj
+    error = (weights.dequantize(layer) - original.weight).norm() / original.weight.norm()
+    # e4m3 has 3 bits after the leading one: a relative error of up to 1/16, evenly spread.
+    assert 0.01 < error < 1 / 16
+    stored, plain = memory.stored_bytes(loaded.model), memory.stored_bytes(full.model)
+    numbers = sum(m.weight.numel() for m in models.quantized_layers(loaded.model).values())
+    saved = numbers * (full.model.dtype.itemsize - 1)
+    assert stored["parameters_and_buffers"] == plain["parameters_and_buffers"] - saved
+    assert stored["quantization_state"] == 4 * sum(m.out_features for m in models.quantized_layers(loaded.model).values())
+    assert loaded.info["checkpoint_bytes"] < full.info["checkpoint_bytes"]

@@ -1,0 +1,156 @@
+"""Limits, bytes and operations against hand-computed ones; the LLM.int8() rule."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from helpers import ROOT, int8_limit, roofline, timing
+
+CPU = torch.device("cpu")
+HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 32, 48, 2, 4, 2, 100
+KV_WIDTH = KV_HEADS * HIDDEN // HEADS
+LAYER_WEIGHTS = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_WIDTH + 3 * HIDDEN * INNER
+
+
+def llama(tied: bool) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def hand_counted_bytes() -> int:
+    """float32: decoder layers with two norms each, the last norm, one vocabulary matrix, and the rotary frequencies (twice)."""
+    frequencies = 2 * (HIDDEN // HEADS // 2)
+    return 4 * (LAYERS * (LAYER_WEIGHTS + 2 * HIDDEN) + HIDDEN + VOCABULARY * HIDDEN + frequencies)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_read_once_and_an_embedding_of_its_own_is_not(tied):
+    assert roofline.weight_bytes(llama(tied)) == hand_counted_bytes()
+
+
+def test_bytes_of_a_decode_step():
+    kv = 2 * LAYERS * KV_WIDTH * 4
+    expected = hand_counted_bytes() + 3 * HIDDEN * 4 + 3 * (10 + 1) * kv
+    assert roofline.step_bytes(llama(True), batch=3, context=10, kv_bytes_per_token=kv) == expected
+
+
+def test_operations_of_a_prefill():
+    tokens, batch = 5, 2
+    attention = 4 * LAYERS * HIDDEN * (1 + 2 + 3 + 4 + 5)
+    expected = batch * (2 * tokens * LAYERS * LAYER_WEIGHTS + 2 * VOCABULARY * HIDDEN + attention)
+    assert roofline.operations(llama(True), batch, tokens) == expected
+
+
+def test_operations_of_a_decode_step_see_the_whole_context():
+    one = roofline.operations(llama(True), 1, 1, context=0)
+    assert roofline.operations(llama(True), 1, 1, context=7) - one == 4 * LAYERS * HIDDEN * 7
+
+
+def test_rates_and_limits_in_their_units():
+    assert roofline.rate_gb(3e9, 1000) == pytest.approx(3.0)
+    assert roofline.rate_tflops(2e12, 500) == pytest.approx(4.0)
+    assert roofline.memory_limit_ms(3e9, 3000) == pytest.approx(1.0)
+    assert roofline.compute_limit_ms(5e11, 500) == pytest.approx(1.0)
+
+
+def test_the_later_limit_counts():
+    hardware = {"copy_bandwidth_gb_per_second": 1000, "matmul_tflops": 100}
+    assert roofline.limit(2e9, 1e11, hardware) == (pytest.approx(2.0), "memory")
+    assert roofline.limit(1e9, 3e11, hardware) == (pytest.approx(3.0), "compute")
+
+
+def test_shares_add_up_to_the_step_and_the_rest_is_launches():
+    found = [("nvjet_hsh_64x8", 2.0), ("void kDequantizeBlockwise<half>", 1.0), ("void cutlass::gemm", 0.5)]
+    rows = {r["what"]: r for r in roofline.shares(found, roofline.GPU_KERNELS, wall_ms=10.0)}
+    assert rows["matmul"]["ms_per_step"] == 2.5
+    assert rows["dequantization"]["ms_per_step"] == 1.0
+    assert rows[roofline.LAUNCHES] == {"what": roofline.LAUNCHES, "ms_per_step": 6.5, "share": 0.65}
+    assert sum(r["share"] for r in rows.values()) == pytest.approx(1.0)
+
+
+def test_no_launches_where_kernels_fill_the_step():
+    assert [r["what"] for r in roofline.shares([("gemv", 2.0)], roofline.GPU_KERNELS, wall_ms=1.9)] == ["matmul"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "what"),
+    [
+        ("fmha_cutlassF_f16_aligned_64x64_rf_sm80", "attention"),
+        ("void pytorch_flash::flash_fwd_splitkv_kernel", "attention"),
+        ("void gemm_4bit_simt_kernel<half, 64>", "matmul and dequantization in one"),
+        ("void kgemm_4bit_inference_naive<half, 128, 16>", "matmul and dequantization in one"),
+        ("kdequant_mm_int32_fp16", "dequantization"),
+        ("void kInt8VectorQuant<half, 1024, 0>", "quantization of activations"),
+        ("void gemv2T_kernel_val", "matmul"),
+        ("sm90_xmma_gemm_f16f16_f16f32", "matmul"),
+        ("triton_red_fused_mm_mul_3", "fused by torch.compile"),
+        ("void at::native::vectorized_elementwise_kernel", "other"),
+    ],
+)
+def test_kernel_names(kernel, what):
+    assert roofline.classify(kernel, roofline.GPU_KERNELS) == what
+
+
+def test_profile_of_a_matmul_finds_the_matmul():
+    left = torch.randn(512, 512)
+    rows, reason = roofline.profile(lambda: left @ left, CPU)
+    assert reason is None
+    assert rows[0]["what"] == "matmul"
+    assert sum(r["share"] for r in rows) == pytest.approx(1.0)
+
+
+def test_measured_hardware_agrees_with_its_own_samples():
+    found = roofline.bandwidth_and_rate(CPU, torch.float32)
+    copy = timing.summary(found["copy_samples_ms"], "ms")["median_ms"]
+    assert found["copied_bytes"] == 2 * 2**27
+    assert found["copy_bandwidth_gb_per_second"] == pytest.approx(2 * 2**27 / copy / 1e6)
+    multiply = timing.summary(found["matmul_samples_ms"], "ms")["median_ms"]
+    assert found["matmul_tflops"] == pytest.approx(2 * 1024**3 / multiply / 1e9)
+
+
+def test_int8_rule_on_either_side():
+    assert int8_limit.fits(64 * 4095, 8192) and not int8_limit.fits(64 * 4096, 8192)
+    for columns in (8192, 576, 3000):
+        most = int8_limit.most_rows(columns)
+        assert int8_limit.fits(most, columns) and not int8_limit.fits(most + 1, columns)
+
+
+def test_widest_int8_layer(load):
+    assert int8_limit.widest_layer(load("int8").model) == 1536
+    assert int8_limit.widest_layer(load("fp16").model) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is reproduced instead")
+def test_without_a_gpu_the_crash_has_a_reason():
+    found = int8_limit.reproduce()
+    assert found["reproduced"] is None and "no GPU" in found["reason"] and found["most_rows"] == 2**18 - 1
+    child = subprocess.run([sys.executable, "-m", "helpers.int8_limit", "4", "8"], cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 1 and "no GPU" in child.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the overflow is in a CUDA kernel")
+def test_the_crash_itself():
+    found = int8_limit.reproduce()
+    assert found["reproduced"] or "GiB of free GPU memory" in found["reason"]
+
+
+def test_a_child_that_fails_is_reported_with_its_line(monkeypatch):
+    def died(command, **kwargs):
+        error = "Error invalid configuration argument at line 421 in file /src/csrc/ops.cu"
+        return subprocess.CompletedProcess(command, 1, stdout="", stderr=f"{error}\nother noise\n")
+
+    monkeypatch.setattr(int8_limit.subprocess, "run", died)
+    found = int8_limit.run(64 * 4096, 8192)
+    assert found["exit_code"] == 1 and "line 421" in found["last_line"] and not found["under_limit"]

@@ -1,0 +1,199 @@
+"""Weight errors of the embedded model and of made-up layers, against independent computations."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from bitsandbytes import functional
+
+from helpers import StudyError, codebooks, weights
+
+
+@pytest.fixture(scope="module")
+def two_layers(load):
+    """A model with few linear layers: two of the embedded model's own blocks' projections, of different width."""
+    model = load("fp16").model
+
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            mlp = model.model.layers[3].mlp
+            self.up_proj, self.down_proj, self.head = mlp.up_proj, mlp.down_proj, model.lm_head
+
+        def get_output_embeddings(self):
+            return self.head
+
+    return Small()
+
+
+@pytest.fixture(scope="module")
+def found(two_layers):
+    return weights.analyse(two_layers, [64, 128, 256])
+
+
+def test_linear_layers_are_those_that_quantization_replaces(load):
+    assert list(weights.linear_layers(load("fp16").model)) == list(weights.linear_layers(load("nf4").model))
+    assert load("nf4").info["quantized_layers"] == len(weights.linear_layers(load("fp16").model)) == 210
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("block_size", [64, 128, 1024])
+def test_round_trips_are_rounding_to_the_codebook(name, block_size):
+    # 576 is no multiple of 128: as a matrix bitsandbytes' CPU kernel would get this one wrong
+    weight = torch.randn(192, 576, generator=torch.Generator().manual_seed(1)) * 0.02
+    exact, double = weights.round_trips(weight, name, block_size)
+    expected = codebooks.round_to(weight, torch.tensor(codebooks.library(name)), block_size)
+    differs = (exact - expected).abs() > 1e-6
+    assert differs.double().mean() < 1e-4  # bitsandbytes rounds its thresholds
+    nested = functional.dequantize_4bit(
+        *functional.quantize_4bit(weight.reshape(1, -1), blocksize=block_size, quant_type=name, compress_statistics=True)
+    )
+    torch.testing.assert_close(double.flatten(), nested.flatten(), rtol=1e-6, atol=1e-9)
+    assert 0 < weights.squared_error(exact, double) < 0.05 * weights.squared_error(weight, exact)
+
+
+def test_round_trip_int8_is_rounding_by_row():
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(2)).half().float()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    expected = (weight / scale).round() * scale
+    assert (weights.round_trip_int8(weight) - expected).abs().max() <= scale.max()  # ties of float16
+    assert ((weights.round_trip_int8(weight) - expected).abs() > 1e-4).double().mean() < 0.02
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
+def test_a_loaded_model_holds_what_round_trip_says(load, name):
+    full, quantized = load("fp16").model, load(name).model
+    key = "model.layers.7.self_attn.k_proj"
+    weight = full.get_submodule(key).weight.detach()
+    expected = weights.round_trip_int8(weight) if name == "int8" else weights.round_trips(weight, name)[1]
+    held = weights.dequantize(quantized.get_submodule(key)).float()
+    torch.testing.assert_close(held, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_unknown_layer_is_asked_for_the_image_of_the_identity():
+    class Packed(torch.nn.Linear):
+        """Quantized weights that only forward can read."""
+
+        def __init__(self, weight, bias):
+            torch.nn.Module.__init__(self)
+            self.in_features, self.out_features, self.bias = weight.shape[1], weight.shape[0], torch.nn.Parameter(bias)
+            self.register_buffer("packed", (weight * 10).round().to(torch.int8))
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.packed.float() / 10, self.bias)
+
+    weight = torch.tensor([[0.31, -0.5, 0.0], [1.0, 0.12, -0.9]])
+    layer = Packed(weight, torch.tensor([5.0, -1.0]))
+    torch.testing.assert_close(weights.dequantize(layer), (weight * 10).round() / 10)
+
+
+def test_the_identity_agrees_with_bitsandbytes(load):
+    layer = load("nf4").model.model.layers[0].self_attn.k_proj
+    with torch.inference_mode():
+        image = layer(torch.eye(layer.in_features)).T
+    torch.testing.assert_close(image, weights.dequantize(layer))
+
+
+def test_a_repacked_layer_is_refused(load, monkeypatch):
+    layer = load("nf4").model.model.layers[0].self_attn.k_proj
+    monkeypatch.setattr(layer.weight.quant_state, "packing_format_for_cpu", True, raising=False)
+    with pytest.raises(StudyError, match="repacked"):
+        weights.dequantize(layer)
+
+
+def test_own_error_is_the_error_of_every_weight(load):
+    full, quantized = load("fp16").model, load("nf4").model
+    own = weights.own_error(full, quantized)
+    pairs = {n: (full.get_submodule(n).weight.detach(), weights.dequantize(quantized.get_submodule(n))) for n in own["layers"]}
+    flat = [torch.cat([side[k].flatten() for side in pairs.values()]).double().numpy() for k in (0, 1)]
+    expected = np.sum((flat[0] - flat[1]) ** 2) / np.sum(flat[0] ** 2)
+    assert own["relative_squared_error"] == pytest.approx(expected, rel=1e-6)
+    assert own["sqnr_db"] == pytest.approx(10 * math.log10(1 / expected))
+    assert own["dtype"] == "uint8, two weights each" and len(own["layers"]) == 210
+    assert weights.own_error(full, full)["relative_squared_error"] == 0 and weights.own_error(full, full)["sqnr_db"] is None
+
+
+def test_formats_in_order(found):
+    error = {name: row["relative_squared_error"] for name, row in found["formats"].items()}
+    assert error["int8"] < error["lloyd_max"] <= error["gaussian_lloyd_max"] < error["nf4"] < error["uniform"] < error["fp4"]
+    for row in found["layers"]:
+        assert row["errors"]["lloyd_max"] == min(v for k, v in row["errors"].items() if k != "int8")
+    assert found["formats"]["int8"]["dtype"] == "int8"
+
+
+def test_errors_against_numpy(found, two_layers):
+    """The whole model's error is sums over sums, for the library's formats and for our own codebooks."""
+    full = [m.weight.detach().double().numpy() for m in weights.linear_layers(two_layers).values()]
+    for name, levels in (("nf4", codebooks.library("nf4")), ("uniform", np.linspace(-1, 1, 16))):
+        error = size = 0
+        for w in full:
+            blocks = w.reshape(-1, 64)
+            absmax = np.abs(blocks).max(1, keepdims=True)
+            levels_ = np.asarray(levels)
+            nearest = levels_[np.abs((blocks / absmax)[..., None] - levels_).argmin(-1)] * absmax
+            error, size = error + ((nearest - blocks) ** 2).sum(), size + (w**2).sum()
+        assert found["formats"][name]["relative_squared_error"] == pytest.approx(error / size, rel=1e-3)
+
+
+def test_larger_blocks_cost_more_and_double_quantization_costs_little(found):
+    rows = {(r["format"], r["block_size"], r["double_quant"]): r for r in found["block_sizes"]}
+    for name in ("nf4", "fp4", "lloyd_max", "uniform"):
+        errors = [rows[name, size, False]["relative_squared_error"] for size in (64, 128, 256)]
+        assert errors[0] < errors[1] < errors[2] < 1.5 * errors[0]
+    for size in (64, 128, 256):
+        single, double = (rows["nf4", size, d] for d in (False, True))
+        assert double["relative_squared_error"] == pytest.approx(single["relative_squared_error"], rel=0.01)
+        assert double["bits_per_weight"] < single["bits_per_weight"]
+    assert rows["nf4", 64, False]["bits_per_weight"] == 4.5
+    assert rows["nf4", 64, True]["bits_per_weight"] == pytest.approx(4.127, abs=1e-3)  # QLoRA, section 3
+
+
+def test_shape_of_a_layer_against_scipy(found, two_layers):
+    row = found["layers"][0]
+    weight = two_layers.up_proj.weight.detach().double().numpy()
+    assert row["excess_kurtosis_raw"] == pytest.approx(scipy.stats.kurtosis(weight, axis=None), rel=1e-6)
+    blocks = weight.reshape(-1, 64)
+    x = (blocks / np.abs(blocks).max(1, keepdims=True)).ravel()
+    sample = np.random.default_rng(0).normal(size=(40_000, 64))
+    sample = (sample / np.abs(sample).max(1, keepdims=True)).ravel()
+    assert row["excess_kurtosis"] == pytest.approx(scipy.stats.kurtosis(x) - scipy.stats.kurtosis(sample), abs=5e-3)
+    assert row["ks_distance"] == pytest.approx(scipy.stats.ks_2samp(x, sample).statistic, abs=2e-3)
+    first = blocks[:1000]
+    assert row["distinct_values_per_block"] == pytest.approx(np.mean([len(np.unique(b.astype(np.float32))) for b in first]))
+    assert row["distinct_values_per_block"] <= 32  # Q4_1: two blocks of 16 values
+
+
+def test_a_gaussian_layer_is_found_gaussian_and_a_uniform_one_is_not():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            generator = torch.Generator().manual_seed(3)
+            self.a, self.b = torch.nn.Linear(512, 512, bias=False), torch.nn.Linear(512, 512, bias=False)
+            self.a.weight.data = torch.randn(512, 512, generator=generator) * 0.02
+            self.b.weight.data = torch.rand(512, 512, generator=generator) * 2 - 1
+
+        def get_output_embeddings(self):
+            return None
+
+    gaussian, uniform = weights.analyse(Two(), [64])["layers"]
+    assert abs(gaussian["excess_kurtosis"]) < 0.03 and gaussian["ks_distance"] < 3 * gaussian["ks_chance"]
+    assert uniform["excess_kurtosis"] < -0.5 and uniform["ks_distance"] > 20 * uniform["ks_chance"]
+    assert gaussian["distinct_values_per_block"] > 60
+    assert gaussian["errors"]["nf4"] < gaussian["errors"]["uniform"] and uniform["errors"]["uniform"] < uniform["errors"]["nf4"]
+
+
+def test_histogram_is_a_density(found):
+    for key in ("density", "gaussian_density"):
+        widths = np.diff(found["histogram"]["edges"])
+        assert np.sum(widths * found["histogram"][key]) == pytest.approx(1)
+
+
+def test_no_layers_is_an_error():
+    class Empty(torch.nn.Module):
+        def get_output_embeddings(self):
+            return None
+
+    with pytest.raises(StudyError, match="no linear layers"):
+        weights.analyse(Empty(), [64])

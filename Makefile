@@ -24,10 +24,10 @@ export TOKENIZERS_PARALLELISM := false
 # What each notebook's results depend on, beside the notebook and its parameter files.
 h = $(wildcard $(patsubst %,helpers/%.py,$(1)))
 COMMON := $(call h,__init__ params results)
-MODEL := $(COMMON) $(call h,models methods compress calibration hub coqa)
-EVALUATE := $(MODEL) $(call h,evaluation dialogue slots) $(wildcard helpers/tasks/*.* helpers/tasks/dialogues/*)
-BENCHMARK := $(MODEL) $(call h,benchmark capacity decode device int8_limit memory roofline throughput timing)
-FIDELITY := $(MODEL) $(call h,fidelity divergence weights codebooks noise sensitivity statistics)
+WEIGHTS := $(COMMON) $(call h,models methods compress calibration hub coqa)
+EVALUATE := $(WEIGHTS) $(call h,evaluation dialogue slots) $(wildcard helpers/tasks/*.* helpers/tasks/dialogues/*)
+BENCHMARK := $(WEIGHTS) $(call h,benchmark capacity decode device int8_limit memory roofline throughput timing)
+FIDELITY := $(WEIGHTS) $(call h,fidelity divergence weights codebooks noise sensitivity statistics)
 ANALYSIS := $(COMMON) params/paper.yaml $(call h,analysis claims evidence report statistics redraw) $(wildcard helpers/figures*.py helpers/diagrams.py)
 STUDY_FILE := params/$(STUDY)/study.yaml
 NB = $(PY) -m helpers.notebook
@@ -42,6 +42,15 @@ help: ## print this help
 
 .PHONY: setup
 setup: $(ENV) ## make .venv from the pinned requirements (METHODS=all: FP8, GPTQ, AWQ as well)
+
+# Installing the method packages later makes "not run" configurations stale.
+METHODS_READY := $(wildcard .venv/.methods)
+ifeq ($(METHODS),all)
+setup: $(if $(ENV),.venv/.methods)
+endif
+
+.venv/.methods: requirements-methods.txt .venv/.ready
+	.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-methods.txt && touch $@
 
 .venv/.ready: requirements.txt
 	@python=; for p in python3 python3.13 python3.12 python3.11; do \
@@ -67,7 +76,7 @@ check: $(ENV)
 # $(1) notebook  $(2) configuration  $(3) further prerequisites
 define CONFIGURATION_RULE
 measure: $(OUT)/$(2)/$(1).ipynb
-$(OUT)/$(2)/$(1).ipynb: notebooks/$(1).ipynb $(STUDY_FILE) params/$(STUDY)/$(2).yaml $(OUT)/00_setup.ipynb $(3)
+$(OUT)/$(2)/$(1).ipynb: notebooks/$(1).ipynb $(STUDY_FILE) params/$(STUDY)/$(2).yaml $(OUT)/00_setup.ipynb $(3) $(METHODS_READY)
 	@$$(NB) run notebooks/$(1).ipynb $$@ -f $(STUDY_FILE) -f params/$(STUDY)/$(2).yaml
 endef
 # A study without dialogues measures hardware only.
@@ -78,7 +87,7 @@ $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,01_evaluate,$(c),$(EVALU
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,03_fidelity,$(c),$(FIDELITY))))
 endif
 
-$(OUT)/00_setup.ipynb: notebooks/00_setup.ipynb $(STUDY_FILE) $(MODEL) | $(ENV)
+$(OUT)/00_setup.ipynb: notebooks/00_setup.ipynb $(STUDY_FILE) $(WEIGHTS) | $(ENV)
 	@$(NB) run notebooks/00_setup.ipynb $@ -f $(STUDY_FILE)
 
 RESULTS = $(wildcard $(OUT)/setup.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark.json $(OUT)/*/fidelity.json)
@@ -96,9 +105,12 @@ figures: $(OUT)/05_figures.ipynb ## draw every figure as PNG and SVG under figur
 $(OUT)/05_figures.ipynb: notebooks/05_figures.ipynb $(STUDY_FILE) $(ANALYSIS) $(RESULTS) $(OUT)/04_analysis.ipynb | $(ENV)
 	@$(NB) run notebooks/05_figures.ipynb $@ -f $(STUDY_FILE)
 
-.PHONY: status
+.PHONY: status new-study
 status: $(ENV) ## table of what is fresh, stale, failed or missing
 	@$(NB) status $(STUDY) $(CONFIGS)
+
+new-study: $(ENV) ## write params/STUDY for another model: make new-study MODEL=owner/name STUDY=my-study
+	@$(PY) -m helpers.new_study "$(MODEL)" "$(STUDY)"
 
 # ---- work on it ----
 

@@ -112,7 +112,6 @@ def prefill_pass(loaded, sizes, seed: int, hardware: dict, kv_bytes: float, prog
     return rows, left_out
 
 
-
 def why_not(model, mode: str) -> str:
     """Why a mode was not measured that the study's sizes do not name."""
     return decode.obstacle(model, mode) or f"{mode}: the study's sizes for this device do not name it"

@@ -31,7 +31,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from helpers.slots import OutOfColumns, Row, Slots, bytes_per_column, unsupported, widest_layer
+from helpers.slots import OutOfColumns, Row, Slots, bytes_per_column, bytes_per_token, unsupported, widest_layer
 
 GREEDY = {"until", "max_gen_toks", "do_sample", "temperature"}
 # Keys of a model's generation_config that don't change what greedy generation yields.
@@ -43,10 +43,10 @@ INT32 = 2**31
 CPU_SLOTS = 8  # lm-eval's usual batch there: no more contexts in memory than stock holds
 CPU_ROWS = 128  # a step of so many rows is bound by arithmetic already
 CPU_PREFILL_TOKENS = 1024
-CUDA_SLOTS = 96
+CUDA_SLOTS = 64
 CUDA_ROWS = 1024
-CUDA_PREFILL_TOKENS = 65536
-CUDA_MEMORY_SHARE = 0.6  # of free memory, for slots; the rest is for activations
+CUDA_PREFILL_TOKENS = 32768
+SLOTS_SHARE, ACTIVATIONS_SHARE = 0.6, 0.3  # of free memory
 
 
 @dataclass
@@ -61,6 +61,7 @@ class Request:
     until: list[str]
     answer_line: bool
     watch: set[str] = field(default_factory=set)  # last characters of what may end the answer
+    every_token: bool = False  # decoding may drop or move them: look at the text after every token
     made: list[int] = field(default_factory=list)
     done: bool = False
 
@@ -120,7 +121,9 @@ class HFDialogue(HFLM):
     the last call's answers, in its order; None where HFLM answered).
     """
 
-    def __init__(self, *args, answer_line=False, static=None, cuda_graph=True, max_slots=None, max_rows=None, prefill_tokens=None, **kwargs):
+    def __init__(
+        self, *args, answer_line=False, static=None, cuda_graph=True, max_slots=None, max_rows=None, prefill_tokens=None, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.answer_line = answer_line
         self.static = static
@@ -221,6 +224,7 @@ class HFDialogue(HFLM):
     def _prepare(self, requests, mine: list[int]) -> list[Request]:
         with self._timed("tokenization"):
             eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+            cleanup = bool(getattr(self.tokenizer, "clean_up_tokenization_spaces", False))
             prepared = []
             for n, tokens in zip(mine, self._tokens([requests[n].args[0] for n in mine]), strict=True):
                 context, gen_kwargs = requests[n].args
@@ -233,6 +237,7 @@ class HFDialogue(HFLM):
                 line = self.answer_line and self.think_end_token is None and not any("\n" in stop.lstrip() for stop in until)
                 request = Request(n, context, gen_kwargs, tokens[-room:], kwargs["max_gen_toks"], until, line)
                 request.watch = {stop[-1] for stop in until if stop} | ({"\n"} if line else set())
+                request.every_token = cleanup or any(c.isspace() for c in request.watch - {"\n"})
                 prepared.append(request)
             self.counts["requests"] += len(prepared)
             self.counts["context_tokens"] += sum(len(r.tokens) for r in prepared)
@@ -257,9 +262,8 @@ class HFDialogue(HFLM):
             return True
         # Text is decoded only when the newest token could have completed something: it holds a stop's last character, or part of one.
         piece = self._piece(token)
-        if "\ufffd" not in piece and piece and not getattr(self.tokenizer, "clean_up_tokenization_spaces", False):
-            if not any(character in piece for character in request.watch) and not any(c.isspace() for c in request.watch - {"\n"}):
-                return False
+        if piece and "\ufffd" not in piece and not request.every_token and not any(c in piece for c in request.watch):
+            return False
         if any(stop and stop in self.tokenizer.decode(request.made[-self._window(stop) :]) for stop in request.until):
             return True
         return request.answer_line and "\n" in self.tok_decode(request.made).lstrip()
@@ -314,8 +318,10 @@ class HFDialogue(HFLM):
             free = psutil.virtual_memory().available
         slot_bytes = self._columns(groups, CUDA_ROWS if cuda else CPU_ROWS) * bytes_per_column(self.model)
         most = INT32 // widest_layer(self.model) - 1
-        prefill = min(CUDA_PREFILL_TOKENS if cuda else CPU_PREFILL_TOKENS, most)
-        slots = min(CUDA_SLOTS if cuda else CPU_SLOTS, int(free * CUDA_MEMORY_SHARE / slot_bytes), sum(len(g.requests) for g in groups))
+        prefill = min(
+            CUDA_PREFILL_TOKENS if cuda else CPU_PREFILL_TOKENS, most, int(free * ACTIVATIONS_SHARE / bytes_per_token(self.model))
+        )
+        slots = min(CUDA_SLOTS if cuda else CPU_SLOTS, int(free * SLOTS_SHARE / slot_bytes), sum(len(g.requests) for g in groups))
         found = {"slots": slots, "rows": min(CUDA_ROWS if cuda else CPU_ROWS, most), "prefill_tokens": prefill}
         return Limits(**{name: max(1, int(self.wanted[name] or value)) for name, value in found.items()})
 

@@ -20,8 +20,8 @@ SUMS = ("nll_full", "nll", "kl", "agreement", "change", "change_squared")
 
 
 def position_metrics(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
-    """From logits (n, vocabulary) and the tokens that follow (n,), per position: kl, nll_full and nll (nats), agreement (0 or 1), and change
-    (of the following token's probability)."""
+    """From logits (n, vocabulary) and the tokens that follow (n,), per position: kl, nll_full and nll (nats), agreement (0 or 1), and
+    change (of the following token's probability)."""
     p, q = (logits.log_softmax(-1, dtype=torch.float64) for logits in (full, other))
     at = targets[:, None]
     nll_full, nll = -p.gather(-1, at)[:, 0], -q.gather(-1, at)[:, 0]

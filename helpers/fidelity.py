@@ -168,6 +168,7 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], s
         seconds         loading, reading (forward passes), comparing
         weights         {"formats": {configuration: helpers.weights.own_error}}, where both models were loaded; absent for full precision
         weights_reason  why there is no weight error; none if there is
+        arithmetic      dtype of the computation; where bitsandbytes repacked 4-bit layers for this CPU, bfloat16 inside them
     Raises StudyError if the texts don't suit the model.
     """
     clock = _Clock()
@@ -176,7 +177,8 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], s
     texts = encode(dialogues, full.tokenizer, token_limit(full.model))
     check_head(full.model, texts[0])
     itself = configuration.quantization.method == "none"
-    more = {"weights_reason": "full precision is the reference" if itself else None}
+    dtype = full.info["dtype"]
+    more = {"weights_reason": "full precision is the reference" if itself else None, "arithmetic": dtype}
     if itself:
         placement = f"one model, read twice: a dialogue at a time, and in padded batches of {NOISE_FLOOR_BATCH}"
         rows = _compare_all(texts, _live(full.model), full.model, NOISE_FLOOR_BATCH, clock, progress)
@@ -188,7 +190,7 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], s
         clock("comparing")
         rows = _compare_all(texts, _live(full.model), other.model, 1, clock, progress)
     else:
-        placement = f"one after the other: full precision's last hidden states on disk in {full.info['dtype']}, its logits exact from them"
+        placement = f"one after the other: full precision's last hidden states on disk in {dtype}, its logits exact from them"
         more["weights_reason"] = "the two models did not fit side by side"
         CACHE.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
@@ -198,6 +200,8 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], s
             other = models.load(study, configuration)
             clock("loading")
             rows = _compare_all(texts, _stored(path, head), other.model, 1, clock, progress)
+    if not itself and any(map(weights.repacked, other.model.modules())):
+        more["arithmetic"] = f"{dtype}; inside the 4-bit layers bfloat16, to which bitsandbytes repacks them on this CPU"
     turns = [text.turn[scored(text)] for text in texts]
     return summarize([text.id for text in texts], turns, rows, study) | {"placement": placement, "seconds": clock.seconds} | more
 

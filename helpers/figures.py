@@ -123,7 +123,7 @@ def _accuracy(study, found, analysis) -> str:
     n = "; ".join(f"{questions:,} questions in {dialogues:,} dialogues" for questions, dialogues in counts)
     reasons = sorted({r["reason"] for r in rows if r.get("reason")})
     bars = (
-        f"Bars: {study.statistics.confidence:.0%} intervals, clustered by dialogue."
+        f"Error bars: {study.statistics.confidence:.0%} intervals, clustered by dialogue."
         if any(r.get("ci_low") is not None for r in rows)
         else ""
     )

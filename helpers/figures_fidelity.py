@@ -51,8 +51,8 @@ def codebooks(study, found: dict, analysis: dict):
 
 def kl(study, found: dict, analysis: dict):
     """KL divergence of each configuration's next-token distribution from full precision's: its mean, and quantiles over token positions.
-    Full precision against itself, read in batches of another shape, is the noise floor. Bars: intervals, clustered by dialogue; a maximum
-    has none. Logarithmic axis; values of 0 can't be shown on it."""
+    Full precision against itself, read in batches of another shape, is the noise floor. Error bars: intervals, clustered by dialogue; a
+    maximum has none. Logarithmic axis; values of 0 can't be shown on it."""
     summaries, full = style.with_value(found, "fidelity", "kl"), style.full_precision(found)
     figure, axes = style.new(height=4.3)
     handles = []
@@ -90,8 +90,8 @@ def _ends(summary: dict, key: str) -> tuple[float, float]:
 
 def weight_error_vs_perplexity(study, found: dict, analysis: dict):
     """Does the error of the weights foretell the loss? Left: relative squared error of each configuration's weights over all linear layers,
-    and the change in log perplexity that it came with; bars: intervals, clustered by dialogue; dashed: no change. Right: one block of the
-    model quantized at a time, its weights' error and the KL divergence from full precision that follows, on fewer tokens."""
+    and the change in log perplexity that it came with; error bars: intervals, clustered by dialogue; dashed: no change. Right: one block
+    of the model quantized at a time, its weights' error and the KL divergence from full precision that follows, on fewer tokens."""
     points = {}
     for name, data in style.measured(found, "fidelity").items():
         error, change = weight_error(data, name), style.log_ratio(data)

@@ -40,8 +40,8 @@ def _log_log(axes, x_values) -> None:
 
 
 def fig4_throughput(study, found: dict, analysis: dict):
-    """Tokens per second of decoding by batch size, one panel per way of running it (eager: as the paper did); both axes logarithmic. Bars:
-    quartiles."""
+    """Tokens per second of decoding by batch size, one panel per way of running it (eager: as the paper did); both axes logarithmic.
+    Error bars: quartiles."""
     modes = _cells(found, "decode", "batch", "median_ms_per_token")
     figure, panels = style.new(1, len(modes), height=4.2, sharey=True, squeeze=False)
     has_paper = False
@@ -79,8 +79,8 @@ def _paper_points(axes, found, analysis, key: str) -> bool:
 
 
 def latency(study, found: dict, analysis: dict):
-    """Time of prefill by prompt length (batch 1) and of one decoded token by batch size; all axes logarithmic. Bars: quartiles. Dashed:
-    what the hardware allows, from the bytes and operations of a step and the rates measured in the same run."""
+    """Time of prefill by prompt length (batch 1) and of one decoded token by batch size; all axes logarithmic. Error bars: quartiles.
+    Dashed: what the hardware allows, from the bytes and operations of a step and the rates measured in the same run."""
     prefill = _cells(found, "prefill", "tokens", "median_ms")
     decode = _cells(found, "decode", "batch", "median_ms_per_token")
     panels = [("prefill", mode, cells) for mode, cells in prefill.items()] + [("decode", mode, cells) for mode, cells in decode.items()]

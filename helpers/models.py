@@ -152,6 +152,7 @@ def describe(study: Study) -> dict:
     files = [{"file": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir()) if p.is_file()]
     return {
         "source": f"{study.model.source}: {study.model.name}",
+        "commit": hub.resolved_revision(str(folder)) if study.model.source == "hub" else None,
         "already_quantized": study.model.already_quantized,
         "parameters": sum(p.numel() for p in skeleton.parameters()),
         "files": files,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from helpers import ROOT, StudyError, params, results
+from helpers import ROOT, NotHere, StudyError, params, results
 
 KINDS = {
     "00_setup": "setup",
@@ -71,6 +71,17 @@ def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]
 
     given = _parameters(files, overrides)
     study, configuration = params.check(given, " and ".join(files))
+    if configuration and not configuration.quantization.method.startswith(("none", "bitsandbytes")):
+        # Known before a kernel is started: a package or the hardware is missing.
+        from helpers import methods
+
+        try:
+            methods.require(configuration)
+        except NotHere as missing:
+            results.write_without(study, configuration, KINDS[source.stem], "skipped", str(missing))
+            results.write_text(target, source.read_text(encoding="utf-8"))
+            print(f"[{configuration.configuration}/{source.stem}] not run: {missing}", flush=True)
+            return
     label = f"{configuration.configuration if configuration else study.study}/{source.stem}"
     progress = _Progress(f"[{label}]")
     scratch, failed = target.with_suffix(".running.ipynb"), target.with_suffix(".failed.ipynb")

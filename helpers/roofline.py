@@ -100,7 +100,7 @@ def weight_bytes(model) -> int:
     """
     total = sum(memory.stored_bytes(model).values())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    tied = head is not None and head.weight.data_ptr() == embedding.data_ptr()
+    tied = head is not None and head.weight is embedding
     return total if tied else total - embedding.nbytes
 
 

@@ -10,7 +10,7 @@ nothing of its neighbours'. A *group* is a context with the lengths at which row
 
 The model's own forward runs, without its cache: an attention function (`shared_context`) keeps keys and values in the slots. Linear
 layers see packed rows, so that a row that has left costs nothing. On a CPU the attention goes slot by slot over exactly its columns; the
-static form (`static=True`) works on fixed buffers in buckets of rows, slots and columns, so that a CUDA graph can hold the step.
+static form (`static=True`) works on fixed buffers in buckets of rows and columns, so that a CUDA graph can hold the step.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,8 @@ from transformers import AttentionInterface
 ATTENTION = "shared_context"
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 COLUMN_MULTIPLE = 64  # the memory-efficient attention kernel wants an aligned mask
-COLUMN_BUCKET = 256
-MINIMUM_ROWS = 16
-CAPTURE_WARMUP = 2
+COLUMN_BUCKET = 512
+ROW_BUCKETS = (16, 128, 1024)  # few, because capturing one costs as much as dozens of its steps
 
 
 class OutOfColumns(Exception):
@@ -79,6 +78,12 @@ def bytes_per_column(model) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize
 
 
+def bytes_per_token(model) -> int:
+    """Activations of one token within a layer of a prefill, bytes: what the MLP and the attention hold at a time, rounded up."""
+    config = model.config
+    return (4 * config.intermediate_size + 8 * config.hidden_size) * model.dtype.itemsize
+
+
 def widest_layer(model) -> int:
     """Most columns that any linear layer reads or writes: rows times it must stay under 2^31 (bitsandbytes' LLM.int8() overflows)."""
     return max(max(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear))
@@ -121,15 +126,17 @@ class Slots:
             self.fallbacks.append(reason)
             self.captured = False
         self.graphs: dict = {}
+        self.seen: set = set()
         self.captures = 0
         self.pool = None
         # Zeros, not empty: a masked column has weight 0, and 0 times a leftover NaN would be NaN.
         shape = (self.count, self.columns, self.kv_heads, self.head_dim)
         self.cache = [tuple(self._zeros(*shape) for _ in range(2)) for _ in range(config.num_hidden_layers)]
         self.mask = self._zeros(self.count, self.group if static else 1, turns, self.columns).fill_(-torch.inf)
+        self.visible = self._zeros()
+        self.buffers: dict = {}
         if static:
             self.mask[0] = 0
-            self.buffers = {}
 
     def _zeros(self, *shape, dtype=None):
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
@@ -138,6 +145,7 @@ class Slots:
         """Room for `columns` columns a slot; graphs are captured anew."""
         columns = round_up(columns, COLUMN_MULTIPLE)
         self.graphs.clear()
+        self.seen.clear()
         for layer, pair in enumerate(self.cache):
             wider = tuple(self._zeros(self.count, columns, self.kv_heads, self.head_dim) for _ in range(2))
             for old, new in zip(pair, wider, strict=True):
@@ -178,7 +186,11 @@ class Slots:
                     cache[slots[0], :longest] = new[0].transpose(0, 1)
                 else:
                     cache[index, :longest] = new.transpose(1, 2)
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=self.group > 1)
+            shared = self.group > 1
+            if shared and query.is_cuda and self.dtype == torch.float32:
+                # Only the kernels for 16 bits know shared key heads; the fallback would hold every score in memory.
+                key, value, shared = key.repeat_interleave(self.group, 1), value.repeat_interleave(self.group, 1), False
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
             return mixed.transpose(1, 2)
 
         positions = torch.arange(longest, device=self.device)[None].expand(len(groups), -1)
@@ -252,8 +264,7 @@ class Slots:
     # ---- decode over static buffers
 
     def _static_step(self, rows, columns):
-        count = max(MINIMUM_ROWS, 1 << (len(rows) - 1).bit_length())
-        slots = self._slot_bucket(max(r.slot for r in rows) + 1)
+        count = next((n for n in ROW_BUCKETS if n >= len(rows)), round_up(len(rows), ROW_BUCKETS[-1]))
         width = min(round_up(max(columns) + 1, COLUMN_BUCKET), self.columns)
         if count not in self.buffers:
             self.buffers[count] = self._zeros(5, count, dtype=torch.long), self._zeros(count, dtype=torch.long)
@@ -262,62 +273,45 @@ class Slots:
         values = [(r.slot, r.turn, c, r.token, r.length + r.made - 1) for r, c in zip(rows, columns, strict=True)]
         host[:, : len(rows)] = torch.tensor(values).T
         inputs.copy_(host)
-        key = (count, slots, width)
-        if self.captured and key not in self.graphs:
+        key = (count, width)
+        # The first step of a shape runs eagerly, which is the warm-up that a capture needs, and all that a shape seen once gets.
+        if self.captured and key in self.seen and key not in self.graphs:
             self._capture(key)
         if key in self.graphs:
             self.graphs[key].replay()
         else:
             self._static_forward(*key)
+            self.seen.add(key)
         return output[: len(rows)].tolist()
 
-    def _slot_bucket(self, needed: int) -> int:
-        """All slots, or a quarter, a sixteenth of them ...: few shapes, so few graphs."""
-        bucket = self.count
-        while bucket > 4 and -(-bucket // 4) >= needed:
-            bucket = -(-bucket // 4)
-        return bucket
-
-    def _static_forward(self, count: int, slots: int, width: int) -> None:
-        """One step for `count` rows over the first `slots` slots' first `width` columns; reads and writes fixed buffers only."""
+    def _static_forward(self, count: int, width: int) -> None:
+        """One step for `count` rows over all slots' first `width` columns; reads and writes fixed buffers only."""
         inputs, output = self.buffers[count]
         slot, turn, column, ids, positions = inputs.unbind(0)
         for group in range(self.group):
-            self.mask[:, group].index_put_((slot, turn, column), self._nothing())
-        mask = self.mask[:slots, :, :, :width].reshape(slots, 1, self.group * self.turns, width)
-        mask = mask.expand(-1, self.kv_heads, -1, -1)
+            self.mask[:, group].index_put_((slot, turn, column), self.visible)
+        mask = self.mask[..., :width].reshape(self.count, 1, self.group * self.turns, width).expand(-1, self.kv_heads, -1, -1)
         place = slot * self.turns + turn
 
         def attend(layer, query, key, value, scaling):
             keys, values = self.cache[layer]
             keys.index_put_((slot, column), key[0].transpose(0, 1))
             values.index_put_((slot, column), value[0].transpose(0, 1))
-            padded = query.new_zeros(slots * self.turns, self.heads, self.head_dim)
+            padded = query.new_zeros(self.count * self.turns, self.heads, self.head_dim)
             padded.index_copy_(0, place, query[0].transpose(0, 1))
-            padded = padded.view(slots, self.turns, self.kv_heads, self.group, self.head_dim).permute(0, 2, 3, 1, 4)
-            padded = padded.reshape(slots, self.kv_heads, self.group * self.turns, self.head_dim)
-            seen = keys[:slots, :width].transpose(1, 2), values[:slots, :width].transpose(1, 2)
+            padded = padded.view(self.count, self.turns, self.kv_heads, self.group, self.head_dim).permute(0, 2, 3, 1, 4)
+            padded = padded.reshape(self.count, self.kv_heads, self.group * self.turns, self.head_dim)
+            seen = keys[:, :width].transpose(1, 2), values[:, :width].transpose(1, 2)
             mixed = F.scaled_dot_product_attention(padded, *seen, attn_mask=mask, scale=scaling)
-            mixed = mixed.view(slots, self.kv_heads, self.group, self.turns, self.head_dim).permute(0, 3, 1, 2, 4)
-            return mixed.reshape(slots * self.turns, self.heads, self.head_dim).index_select(0, place)[None]
+            mixed = mixed.view(self.count, self.kv_heads, self.group, self.turns, self.head_dim).permute(0, 3, 1, 2, 4)
+            return mixed.reshape(self.count * self.turns, self.heads, self.head_dim).index_select(0, place)[None]
 
         hidden = self._forward(ids[None], positions[None], attend)
         output.copy_(self.model.lm_head(hidden[0]).argmax(-1))
 
-    def _nothing(self):
-        if not hasattr(self, "_zero"):
-            self._zero = self._zeros()
-        return self._zero
-
     def _capture(self, key) -> None:
         """Record the step as a CUDA graph; a failure is kept with its reason, and steps run eagerly from then on."""
         try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(CAPTURE_WARMUP):
-                    self._static_forward(*key)
-            torch.cuda.current_stream().wait_stream(side)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):

@@ -42,17 +42,23 @@ def linear_layers(model) -> dict[str, torch.nn.Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output}
 
 
+def repacked(module: torch.nn.Module) -> bool:
+    """Has bitsandbytes rearranged a 4-bit layer for this CPU? On CPUs with AVX512-BF16 its first forward pass does, and from then on it
+    computes in bfloat16, scales included, whatever the compute dtype."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
 def dequantize(module: torch.nn.Module) -> torch.Tensor:
     """The weight (out, in) that a linear layer computes with.
 
     bitsandbytes' layers are undone with its own functions. Any other quantized layer is asked for the image of the identity, which is its
     weight if it quantizes weights only (GPTQ, AWQ, weight-only FP8; formats that scale each activation row by its maximum
-    keep a row of the identity too). AWQ moves scales into neighbouring layers: its weight is not comparable with the original.
+    keep a row of the identity too). AWQ moves scales into neighbouring layers: its weight is not comparable with the original. A 4-bit
+    layer that a forward pass has repacked for this CPU (`repacked`) is asked as well, and answers in bfloat16.
     """
     weight = module.weight if hasattr(module, "weight") else None
-    if isinstance(module, bnb.nn.Linear4bit):
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            raise StudyError("a 4-bit layer was repacked for this CPU by its first forward pass; dequantize it before that")
+    if isinstance(module, bnb.nn.Linear4bit) and not repacked(module):
         return functional.dequantize_4bit(weight.data, weight.quant_state)
     if isinstance(module, bnb.nn.Linear8bitLt):
         # The first forward pass moves the weight and its scales from the parameter into the layer's state.
@@ -63,9 +69,10 @@ def dequantize(module: torch.nn.Module) -> torch.Tensor:
         return weight.detach().dequantize()
     if type(module) is torch.nn.Linear and not hasattr(weight, "__tensor_flatten__") and torch.is_floating_point(weight):
         return weight.detach()
-    own = next(p for p in [*module.parameters(), *module.buffers()] if torch.is_floating_point(p))
+    held = [*module.parameters(), *module.buffers()]
+    dtype = next((t.dtype for t in held if torch.is_floating_point(t)), torch.float32)
     with torch.inference_mode():
-        identity = torch.eye(module.in_features, dtype=own.dtype, device=own.device)
+        identity = torch.eye(module.in_features, dtype=dtype, device=held[0].device)
         image = module(identity)
         return (image - module.bias if getattr(module, "bias", None) is not None else image).T.contiguous()
 

@@ -151,7 +151,7 @@ def test_states_on_disk_give_the_same_numbers(study, dialogues, compared):
     together = compared["nf4"]
     assert "disk" in apart["placement"] and "side by side" in together["placement"]
     assert "weights" not in apart and "fit" in apart["weights_reason"]
-    for key in ("perplexity", "kl", "agreement", "correct_token", "per_dialogue", "per_question"):
+    for key in ("perplexity", "kl", "agreement", "correct_token", "per_dialogue", "per_question", "arithmetic"):
         assert apart[key] == together[key]
 
 

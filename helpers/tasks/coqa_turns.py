@@ -1,8 +1,8 @@
 """The tasks coqa_turns and coqa_last_turns: lm-eval's own CoQA, prompt and metric, over any source of dialogues and any turn.
 
-Their data comes from helpers.coqa; `source`, `dialogues` and `data_revision` may be given through lm-eval's --metadata, through
-`TaskManager(metadata=...)` or as the task's `dataset_kwargs`. (lm-eval adds the model's own arguments, `revision` among them, to the
-metadata, hence the longer name.)
+Their data comes from helpers.coqa; `source`, `dialogues` and `revision` may be given through lm-eval's --metadata, through
+`TaskManager(metadata=...)` or as the task's `dataset_kwargs`. On lm-eval's command line the metadata holds the model's own arguments as
+well, so that `revision` is the model's there: the data's is called `data_revision`.
 
     python -m helpers.dialogue run --model hf-dialogue --model_args pretrained=MODEL,answer_line=True --tasks coqa_turns \\
         --include_path helpers/tasks --metadata '{"source": "EleutherAI/coqa", "dialogues": 100}'
@@ -63,14 +63,18 @@ def _documents(source: str, dialogues: int | None, revision: str | None, last: b
     )
 
 
-def dataset(source="embedded", dialogues=None, data_revision=None, **metadata) -> dict[str, Dataset]:
+def _revision(metadata: dict) -> str | None:
+    return metadata.get("data_revision") or (None if "pretrained" in metadata else metadata.get("revision"))
+
+
+def dataset(source="embedded", dialogues=None, **metadata) -> dict[str, Dataset]:
     """lm-eval's `custom_dataset` for coqa_turns. Raises StudyError if the source can't be read."""
-    return {"validation": _documents(source, dialogues, data_revision, last=False)}
+    return {"validation": _documents(source, dialogues, _revision(metadata), last=False)}
 
 
-def last_turns(source="embedded", dialogues=None, data_revision=None, **metadata) -> dict[str, Dataset]:
+def last_turns(source="embedded", dialogues=None, **metadata) -> dict[str, Dataset]:
     """lm-eval's `custom_dataset` for coqa_last_turns: what the stock task `coqa` asks."""
-    return {"validation": _documents(source, dialogues, data_revision, last=True)}
+    return {"validation": _documents(source, dialogues, _revision(metadata), last=True)}
 
 
 def doc_to_text(doc: dict) -> str:

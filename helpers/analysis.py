@@ -151,7 +151,9 @@ def _kl_and_f1(study: Study, joined: Answers, found: dict, full: str | None) -> 
             continue
         change = np.abs(joined.scores[name]["f1"] - joined.scores[full]["f1"])[index]
         clusters = [joined.keys[i][0] for i in index]
-        rows.append({"configuration": name} | statistics.correlation([kl[joined.keys[i]] for i in index], change, clusters, seed=study.seed))
+        rows.append(
+            {"configuration": name} | statistics.correlation([kl[joined.keys[i]] for i in index], change, clusters, seed=study.seed)
+        )
     return rows
 
 

@@ -83,7 +83,7 @@ def _recipe(options) -> list:
         from llmcompressor.modifiers.gptq import GPTQModifier
 
         # Columns in the order of their activations, groups as they stand: the unpacked weight needs no reordering.
-        weights["actorder"] = "static"
+        weights |= {"actorder": "static", "observer": f"memoryless_{options.scales}"}
         return [GPTQModifier(config_groups=groups, ignore=["lm_head"], dampening_frac=options.dampening)]
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier

@@ -40,6 +40,7 @@ HARMLESS = {
     *("use_cache", "output_attentions", "output_hidden_states", "transformers_version", "_from_model_config", "cache_implementation"),
 }
 INT32 = 2**31
+MAX_TURNS = 64  # rows over one context; a larger group is split
 CPU_SLOTS = 8  # lm-eval's usual batch there: no more contexts in memory than stock holds
 CPU_ROWS = 128  # a step of so many rows is bound by arithmetic already
 CPU_PREFILL_TOKENS = 1024
@@ -328,12 +329,12 @@ class HFDialogue(HFLM):
     @staticmethod
     def _columns(groups: list[Group], rows: int) -> int:
         """Columns of a slot to begin with: the longest context, and room for answers of ordinary length."""
-        turns = min(max(len(g.requests) for g in groups), rows)
+        turns = min(max(len(g.requests) for g in groups), rows, MAX_TURNS)
         most = max(r.max_gen_toks for g in groups for r in g.requests)
         return groups[0].length + min(turns * most, max(most, 16 * turns))
 
     def _round(self, groups: list[Group], limits: Limits, answers: list, bar) -> None:
-        turns = min(limits.rows, max(len(g.requests) for g in groups), 64)
+        turns = min(limits.rows, max(len(g.requests) for g in groups), MAX_TURNS)
         queue = [Group(g.requests[n : n + turns]) for g in groups for n in range(0, len(g.requests), turns)]
         queue.sort(key=lambda g: g.length)  # the longest at the end: memory runs out at once or not at all
         static = self.static if self.static is not None else self.device.type == "cuda"

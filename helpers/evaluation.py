@@ -39,7 +39,14 @@ def evaluate(study: Study, loaded: Loaded, lm: HFDialogue | None = None) -> dict
     lm = lm or model(study, loaded)
     metadata = {"source": study.data.source, "dialogues": study.data.dialogues, "revision": study.data.revision}
     manager = TaskManager(include_path=str(TASKS), metadata=metadata)
-    common = {"model": lm, "task_manager": manager, "log_samples": True, "bootstrap_iters": 0, "random_seed": study.seed, "metadata": metadata}
+    common = {
+        "model": lm,
+        "task_manager": manager,
+        "log_samples": True,
+        "bootstrap_iters": 0,
+        "random_seed": study.seed,
+        "metadata": metadata,
+    }
     start = time.perf_counter()
     found = simple_evaluate(tasks=[DIALOGUES], gen_kwargs={"max_gen_toks": study.evaluation.max_gen_toks}, **common)
     seconds, engine = time.perf_counter() - start, lm.report()

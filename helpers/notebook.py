@@ -122,8 +122,9 @@ def render(source: Path, target: Path) -> None:
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(
-        exclude_input=True, exclude_output_prompt=True, mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="", theme="light"
-    )
+        exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, theme="light",
+        mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="",
+    )  # fmt: skip
     body, _ = exporter.from_filename(str(source), resources={"metadata": {"name": f"{target.parent.name}: report"}})
     results.write_text(target, body)
     print(f"{target.relative_to(ROOT) if target.is_relative_to(ROOT) else target}: open it in a browser")

@@ -143,6 +143,7 @@ class GPTQ(Strict):
     method: Literal["gptq"]
     group_size: Positive = 128  # weights of one row that share a scale
     symmetric: bool = True  # false: a zero point as well
+    scales: Literal["mse", "minmax"] = "mse"  # of a group: searched for the least error, or the largest weight's
     dampening: Annotated[float, Field(gt=0, lt=1)] = 0.01  # added to the Hessian's diagonal, as a share of its mean
     calibration: Calibration = Calibration()
 
@@ -274,7 +275,9 @@ def from_notebook(namespace: dict) -> tuple[Study, Configuration | None]:
     ours = ("In", "Out", "exit", "quit", "open", "get_ipython")  # IPython's own
     given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ours and isinstance(v, plain)}
     for name in {*Study.model_fields, *Configuration.model_fields} & (set(namespace) - set(given)):
-        raise StudyError(f"notebook parameters: '{name}' was overwritten by a {type(namespace[name]).__name__}; run the parameters cell again")
+        raise StudyError(
+            f"notebook parameters: '{name}' was overwritten by a {type(namespace[name]).__name__}; run the parameters cell again"
+        )
     return check(given, "notebook parameters")
 
 

@@ -13,10 +13,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 STYLE = """<style>
+.jp-InputPrompt, .jp-OutputPrompt { display: none !important; }
+.jp-Cell { padding-top: 0 !important; padding-bottom: 0 !important; }
+figure { margin: 1rem 0; } figcaption { color: #555; font-size: 0.8rem; }
 .jp-Notebook, body { max-width: 62rem; margin: 0 auto !important; }
 table.study { border-collapse: collapse; margin: 0.5rem 0 1rem; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-table.study th { text-align: left; border-bottom: 2px solid #444; padding: 0.25rem 0.7rem; vertical-align: bottom; }
-table.study td { text-align: left; border-bottom: 1px solid #ddd; padding: 0.25rem 0.7rem; vertical-align: top; white-space: normal; }
+table.study th { text-align: left !important; border-bottom: 2px solid #444; padding: 0.25rem 0.7rem; vertical-align: bottom; }
+table.study td { text-align: left !important; border-bottom: 1px solid #ddd; padding: 0.25rem 0.7rem; vertical-align: top; white-space: normal; }
 table.study tr:hover { background: #f5f5f5; }
 p.note { color: #555; font-size: 0.85rem; }
 p.warning { border-left: 4px solid #d55e00; padding-left: 0.7rem; }
@@ -51,7 +54,7 @@ def p_value(value) -> str:
 def table(frame: pd.DataFrame, note: str = "") -> str:
     """HTML of a table; every cell and header is escaped."""
     if frame.empty:
-        return note_line(note or "nothing to show")
+        return note_line(note or "Not measured in this study.")
     return frame.to_html(index=False, escape=True, border=0, classes="study", na_rep=NONE) + (note_line(note) if note else "")
 
 
@@ -102,7 +105,9 @@ def about(n: dict) -> str:
     """What the reader must know before any number."""
     lines = []
     if not n["is_paper_model"]:
-        lines.append(f"This study measures {n['model']}, not the paper's {n['paper_model']}. It can test the paper's reasoning, not its numbers.")
+        lines.append(
+            f"This study measures {n['model']}, not the paper's {n['paper_model']}. It can test the paper's reasoning, not its numbers."
+        )
     if n["already_quantized"]:
         lines.append(
             f"The weights are not an original: {n['already_quantized']}. Full precision means what they hold after that, "
@@ -119,7 +124,8 @@ def headline(n: dict) -> list[str]:
     said = []
     full = n["full"]
     if n.get("questions"):
-        said.append(f"{n['questions']} questions in {n['dialogues']} dialogues were put to every format.")
+        names = ", ".join(_name(n, name) for name in n["evaluation"])
+        said.append(f"{n['questions']} questions in {n['dialogues']} dialogues were put to {names}.")
     for quantized in ("nf4", "fp4"):
         row = _difference(n, n.get("comparisons"), full, quantized, "f1")
         if row:
@@ -422,7 +428,9 @@ def perplexity_sentences(n: dict) -> list[str]:
     if not others:
         return []
     base = next(iter(others.values()))["full"]
-    listed = ", ".join(f"{_name(n, name)} {number(row['quantized'])}" for name, row in sorted(others.items(), key=lambda item: item[1]["quantized"]))
+    listed = ", ".join(
+        f"{_name(n, name)} {number(row['quantized'])}" for name, row in sorted(others.items(), key=lambda item: item[1]["quantized"])
+    )
     return [f"Perplexity on the same text orders them: {_name(n, n['full'])} {number(base)}, {listed}."]
 
 
@@ -488,7 +496,14 @@ def noise_table(n: dict) -> pd.DataFrame:
 
 
 def claims_table(n: dict) -> pd.DataFrame:
-    columns = {"section": "Section", "claim": "The paper says", "reported": "Its numbers", "verdict": "Here", "evidence": "Evidence", "scope": "But"}
+    columns = {
+        "section": "Section",
+        "claim": "The paper says",
+        "reported": "Its numbers",
+        "verdict": "Here",
+        "evidence": "Evidence",
+        "scope": "But",
+    }
     return pd.DataFrame([{title: row[key] or NONE for key, title in columns.items()} for row in n["claims"]])
 
 
@@ -532,7 +547,8 @@ def figure(name: str, study, found: dict, n: dict) -> str:
     plt.close(drawn)
     caption = html.escape(figures.caption(name, study, found, n))
     data = base64.b64encode(image.getvalue()).decode()
-    return f'<figure><img alt="{caption}" style="max-width:100%" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    picture = f'<img alt="{caption}" style="max-width:100%" src="data:image/png;base64,{data}">'
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
 def limit_table(n: dict) -> pd.DataFrame:
@@ -561,15 +577,19 @@ def profile_table(n: dict) -> pd.DataFrame:
     rows = []
     for name, data in n["benchmark"].items():
         for row in data.get("profile") or []:
-            rows.append({"Configuration": _name(n, name)} | {k.replace("_", " "): number(v, 3) if isinstance(v, float) else v for k, v in row.items()})
+            rows.append({"Configuration": _name(n, name)} | _plain(row, 3))
     return pd.DataFrame(rows)
+
+
+def _plain(row: dict, digits: int) -> dict:
+    return {k.replace("_", " "): number(v, digits) if isinstance(v, float) else v for k, v in row.items() if not isinstance(v, list)}
 
 
 def largest_batch_table(n: dict) -> pd.DataFrame:
     rows = []
     for name, data in n["benchmark"].items():
         for row in data.get("largest_batch") or []:
-            rows.append({"Configuration": _name(n, name)} | {k.replace("_", " "): number(v, 1) if isinstance(v, float) else v for k, v in row.items()})
+            rows.append({"Configuration": _name(n, name)} | _plain(row, 1))
     return pd.DataFrame(rows)
 
 

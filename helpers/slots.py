@@ -324,4 +324,3 @@ class Slots:
             self.fallbacks.append(f"CUDA graph: {str(error).splitlines()[0]}")
             self.captured = False
             self.graphs.clear()
-            torch.cuda.synchronize()

@@ -32,6 +32,7 @@ from helpers import StudyError, codebooks
 
 BLOCK_SIZE = 64
 FIGURE_BINS = 128
+SHARE = {"cpu": 0.25, "cuda": 1.0}  # of every layer's weights, for the effect of block size
 STORED = {"nf4": "uint8, two weights each", "fp4": "uint8, two weights each", "int8": "int8"}  # by bitsandbytes
 OWN = ("lloyd_max", "gaussian_lloyd_max", "uniform")
 
@@ -188,7 +189,8 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
         formats           name -> relative_squared_error, sqnr_db, dtype; exact scales (no double quantization)
         layers            rows of layer, kind, depth, weights (their number), excess_kurtosis, excess_kurtosis_raw (of w itself, less 3),
                           ks_distance, ks_chance, distinct_values_per_block, errors (format -> relative_squared_error)
-        block_sizes       rows of format, block_size, double_quant, bits_per_weight, relative_squared_error, sqnr_db
+        block_sizes       rows of format, block_size, double_quant, bits_per_weight, relative_squared_error, sqnr_db; of the first
+                          `block_sizes_share` of every layer's weights, the same for all sizes (a CPU takes a quarter)
         histogram         edges, density (of x, all layers), gaussian_density: over 128 bins from -1 to 1
         gaussian          what Gaussian weights would have: format -> relative_squared_error; excess_kurtosis of x, less 3
         seconds           for all of this
@@ -197,12 +199,12 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
     if not layers:
         raise StudyError(f"{type(model).__name__} has no linear layers besides its output layer: there are no weights to analyse")
     rows, counts = _shapes(layers)
-    table = []
-    for size in sorted({BLOCK_SIZE, *block_sizes}):
-        part = _one_block_size(layers, size)
-        table += part["rows"]
-        if size == BLOCK_SIZE:
-            at_64 = part
+    whole = {name: m.weight.detach() for name, m in layers.items()}
+    at_64 = _one_block_size(whole, BLOCK_SIZE)
+    share = SHARE[next(iter(whole.values())).device.type]
+    parts, table = {name: _beginning(weight, share) for name, weight in whole.items()}, []
+    for size in sorted(set(block_sizes)):
+        table += _one_block_size(parts, size)["rows"]
         if progress:
             progress(f"weights in blocks of {size}: done")
     for row in rows:
@@ -214,7 +216,8 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
         "codebooks": {name: codebooks.describe(levels) for name, levels in at_64["levels"].items()},
         "formats": at_64["formats"],
         "layers": rows,
-        "block_sizes": [row for row in table if row["block_size"] in block_sizes],
+        "block_sizes": table,
+        "block_sizes_share": share,
         "histogram": {"edges": edges.tolist(), "density": _figure_density(counts), "gaussian_density": _figure_density(gaussian.mass)},
         "gaussian": at_64["gaussian"] | {"excess_kurtosis": _density_kurtosis(gaussian)},
         "seconds": time.perf_counter() - start,
@@ -252,16 +255,21 @@ def _shapes(layers: dict) -> tuple[list[dict], torch.Tensor]:
     return rows, total
 
 
-def _one_block_size(layers: dict, size: int) -> dict:
-    """Errors of all formats in blocks of `size`: by layer, for the whole model, for Gaussian weights; and the codebooks."""
-    sizes = {name: squared_size(m.weight) for name, m in layers.items()}
+def _beginning(weight: torch.Tensor, share: float) -> torch.Tensor:
+    """The first `share` of a weight, flat, in whole blocks of any size."""
+    return weight.reshape(-1)[: 4096 * math.ceil(share * weight.numel() / 4096)]
+
+
+def _one_block_size(layers: dict[str, torch.Tensor], size: int) -> dict:
+    """Errors of all formats in blocks of `size`: by layer, for all together, for Gaussian weights; and the codebooks. int8, with a scale
+    a row, only of matrices."""
+    sizes = {name: squared_size(weight) for name, weight in layers.items()}
     errors = {name: {} for name in layers}
     table = {}  # (format, double_quant) -> summed squared error
     densities = []
-    for name, module in layers.items():
-        weight = module.weight.detach()
+    for name, weight in layers.items():
         back = {(kind, double): q for kind in ("nf4", "fp4") for double, q in enumerate(round_trips(weight, kind, size))}
-        if size == BLOCK_SIZE:
+        if weight.ndim == 2:
             back["int8", False] = round_trip_int8(weight)
         for (kind, double), quantized in back.items():
             error = squared_error(weight, quantized)

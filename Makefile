@@ -8,7 +8,9 @@ MAKEFLAGS += --no-builtin-rules
 STUDY ?= smollm2-135m
 ALL_CONFIGS := $(filter-out study,$(basename $(notdir $(wildcard params/$(STUDY)/*.yaml))))
 CONFIGS ?= $(ALL_CONFIGS)
-OUT := executed/$(STUDY)
+# RESULTS=executed/reference/MACHINE/STUDY renders report and figures from a committed run.
+OUT := $(or $(RESULTS),executed/$(STUDY))
+FOLDER := $(if $(RESULTS),-p folder $(RESULTS))
 
 # PYTHON=python3 uses an environment that is already there; without it, .venv is made and kept up to date.
 ifdef PYTHON
@@ -90,20 +92,20 @@ endif
 $(OUT)/00_setup.ipynb: notebooks/00_setup.ipynb $(STUDY_FILE) $(WEIGHTS) | $(ENV)
 	@$(NB) run notebooks/00_setup.ipynb $@ -f $(STUDY_FILE)
 
-RESULTS = $(wildcard $(OUT)/setup.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark.json $(OUT)/*/fidelity.json)
+RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark.json $(OUT)/*/fidelity.json)
 
 report: $(OUT)/report.html ## render the report from the results that are there
 
-$(OUT)/04_analysis.ipynb: notebooks/04_analysis.ipynb $(STUDY_FILE) $(ANALYSIS) $(RESULTS) | $(ENV)
-	@$(NB) run notebooks/04_analysis.ipynb $@ -f $(STUDY_FILE)
+$(OUT)/04_analysis.ipynb: notebooks/04_analysis.ipynb $(STUDY_FILE) $(ANALYSIS) $(RESULT_FILES) | $(ENV)
+	@$(NB) run notebooks/04_analysis.ipynb $@ -f $(STUDY_FILE) $(FOLDER)
 
 $(OUT)/report.html: $(OUT)/04_analysis.ipynb helpers/notebook.py
 	@$(NB) render $< $@
 
 figures: $(OUT)/05_figures.ipynb ## draw every figure as PNG and SVG under figures/STUDY
 
-$(OUT)/05_figures.ipynb: notebooks/05_figures.ipynb $(STUDY_FILE) $(ANALYSIS) $(RESULTS) $(OUT)/04_analysis.ipynb | $(ENV)
-	@$(NB) run notebooks/05_figures.ipynb $@ -f $(STUDY_FILE)
+$(OUT)/05_figures.ipynb: notebooks/05_figures.ipynb $(STUDY_FILE) $(ANALYSIS) $(RESULT_FILES) $(OUT)/04_analysis.ipynb | $(ENV)
+	@$(NB) run notebooks/05_figures.ipynb $@ -f $(STUDY_FILE) $(FOLDER)
 
 .PHONY: status new-study
 status: $(ENV) ## table of what is fresh, stale, failed or missing
@@ -114,7 +116,7 @@ new-study: $(ENV) ## write params/STUDY for another model: make new-study MODEL=
 
 # ---- work on it ----
 
-.PHONY: lab test lint clean bench-pipeline bench-eval bench-statistics
+.PHONY: lab test lint clean readme bench-pipeline bench-eval bench-statistics
 lab: $(ENV) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks/04_analysis.ipynb
 
@@ -124,6 +126,9 @@ test: $(ENV) ## run all tests (no GPU needed; a browser test wants chromium)
 lint: $(ENV) ## check code and notebooks
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	$(PY) tests/check_notebooks.py
+
+readme: $(ENV) ## render what README.md says was found, from the committed runs
+	@$(PY) -m helpers.report
 
 bench-pipeline: $(ENV) ## time make run-all and make test, with peak memory, into executed/reference/
 	$(PY) tests/bench_pipeline.py

@@ -21,16 +21,17 @@ import os
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from tqdm import tqdm
 
+from helpers.answers import Endings, Group, Request, group_by_prefix
 from helpers.slots import OutOfColumns, Row, Slots, bytes_per_column, bytes_per_token, unsupported, widest_layer
 
 GREEDY = {"until", "max_gen_toks", "do_sample", "temperature"}
@@ -41,59 +42,13 @@ HARMLESS = {
 }
 INT32 = 2**31
 MAX_TURNS = 64  # rows over one context; a larger group is split
-CPU_SLOTS = 8  # lm-eval's usual batch there: no more contexts in memory than stock holds
-CPU_ROWS = 128  # a step of so many rows is bound by arithmetic already
+CPU_SLOTS = 4  # with a dozen turns each, a step is bound by arithmetic already; more would only take memory
+CPU_ROWS = 128
 CPU_PREFILL_TOKENS = 1024
 CUDA_SLOTS = 64
 CUDA_ROWS = 1024
 CUDA_PREFILL_TOKENS = 32768
 SLOTS_SHARE, ACTIVATIONS_SHARE = 0.6, 0.3  # of free memory
-
-
-@dataclass
-class Request:
-    """One question: its place in lm-eval's list, its tokens, and when its answer ends."""
-
-    index: int
-    context: str
-    kwargs: dict
-    tokens: list[int]
-    max_gen_toks: int
-    until: list[str]
-    answer_line: bool
-    watch: set[str] = field(default_factory=set)  # last characters of what may end the answer
-    every_token: bool = False  # decoding may drop or move them: look at the text after every token
-    made: list[int] = field(default_factory=list)
-    done: bool = False
-
-
-@dataclass
-class Group:
-    """Requests whose tokens are all the beginning of the first one's."""
-
-    requests: list[Request]
-
-    @property
-    def length(self) -> int:
-        return len(self.requests[0].tokens)
-
-
-def group_by_prefix(requests: list[Request]) -> tuple[list[Group], int]:
-    """Requests as groups, longest context first within each and overall; and how many contexts continue another's text but not its tokens
-    (a token that spans the boundary), which therefore run alone."""
-    groups: list[Group] = []
-    alone, misaligned, leader = [], 0, None
-    for request in sorted(requests, key=lambda r: (r.context, r.index), reverse=True):
-        if leader and leader.requests[0].context.startswith(request.context):
-            if leader.requests[0].tokens[: len(request.tokens)] == request.tokens:
-                leader.requests.append(request)
-            else:
-                misaligned += 1
-                alone.append(Group([request]))
-        else:
-            leader = Group([request])
-            groups.append(leader)
-    return sorted(groups + alone, key=lambda g: -g.length), misaligned
 
 
 @dataclass
@@ -130,8 +85,7 @@ class HFDialogue(HFLM):
         self.static = static
         self.cuda_graph = cuda_graph
         self.wanted = {"slots": max_slots, "rows": max_rows, "prefill_tokens": prefill_tokens}
-        self.pieces: dict[int, str] = {}
-        self.windows: dict[str, int] = {}
+        self.endings = Endings(self.tokenizer, self.think_end_token)
         self.reset_report()
 
     # ---- report
@@ -225,7 +179,6 @@ class HFDialogue(HFLM):
     def _prepare(self, requests, mine: list[int]) -> list[Request]:
         with self._timed("tokenization"):
             eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-            cleanup = bool(getattr(self.tokenizer, "clean_up_tokenization_spaces", False))
             prepared = []
             for n, tokens in zip(mine, self._tokens([requests[n].args[0] for n in mine]), strict=True):
                 context, gen_kwargs = requests[n].args
@@ -234,54 +187,11 @@ class HFDialogue(HFLM):
                 room = self.max_length - kwargs["max_gen_toks"]
                 assert room > 0, f"max_gen_toks {kwargs['max_gen_toks']} must be less than the model's maximum length {self.max_length}"
                 self.counts["truncated"] += len(tokens) > room
-                # A stop sequence that continues over a line's end could still cut that line.
-                line = self.answer_line and self.think_end_token is None and not any("\n" in stop.lstrip() for stop in until)
-                request = Request(n, context, gen_kwargs, tokens[-room:], kwargs["max_gen_toks"], until, line)
-                request.watch = {stop[-1] for stop in until if stop} | ({"\n"} if line else set())
-                request.every_token = cleanup or any(c.isspace() for c in request.watch - {"\n"})
-                prepared.append(request)
+                line = self.answer_line and self.endings.line_is_safe(until)
+                prepared.append(Request(n, context, gen_kwargs, tokens[-room:], kwargs["max_gen_toks"], until, line))
             self.counts["requests"] += len(prepared)
             self.counts["context_tokens"] += sum(len(r.tokens) for r in prepared)
             return prepared
-
-    # ---- when an answer ends
-
-    def _piece(self, token: int) -> str:
-        if token not in self.pieces:
-            self.pieces[token] = self.tokenizer.decode([token])
-        return self.pieces[token]
-
-    def _window(self, stop: str) -> int:
-        """How many last tokens lm-eval searches for a stop sequence (lm_eval/models/utils_hf.py, MultiTokenEOSCriteria)."""
-        if stop not in self.windows:
-            self.windows[stop] = len(self.tokenizer.encode(stop, add_special_tokens=False)) + 2
-        return self.windows[stop]
-
-    def _ended(self, request: Request, token: int, eos: set[int]) -> bool:
-        request.made.append(token)
-        if token in eos or len(request.made) >= request.max_gen_toks:
-            return True
-        # Text is decoded only when the newest token could have completed something: it holds a stop's last character, or part of one.
-        piece = self._piece(token)
-        if piece and "\ufffd" not in piece and not request.every_token and not any(c in piece for c in request.watch):
-            return False
-        if any(stop and stop in self.tokenizer.decode(request.made[-self._window(stop) :]) for stop in request.until):
-            return True
-        return request.answer_line and "\n" in self.tok_decode(request.made).lstrip()
-
-    def _text(self, request: Request) -> str:
-        tokens = request.made
-        if isinstance(self.think_end_token, int) and self.think_end_token in tokens:
-            tokens = tokens[len(tokens) - tokens[::-1].index(self.think_end_token) :]
-        text = self.tok_decode(tokens)
-        if isinstance(self.think_end_token, int):
-            text = text.lstrip()
-        think = self.think_end_token if isinstance(self.think_end_token, str) else None
-        text = postprocess_generated_text(generation=text, stop=request.until, think_end_token=think)
-        if request.answer_line:
-            blank = len(text) - len(text.lstrip())
-            text = text[:blank] + text[blank:].split("\n")[0]
-        return text
 
     # ---- rounds
 
@@ -411,11 +321,11 @@ class HFDialogue(HFLM):
         for slot in sorted(active) if fresh is None else sorted(fresh):
             kept = []
             for row, request in active[slot]:
-                if not self._ended(request, row.token, eos):
+                if not self.endings.reached(request, row.token, eos):
                     kept.append((row, request))
                     continue
                 request.done = True
-                answers[request.index] = self._text(request)
+                answers[request.index] = self.endings.text(request)
                 self.generated[request.index] = request.made
                 self.cache_hook.add_partial("generate_until", (request.context, request.kwargs), answers[request.index])
                 bar.update(1)

@@ -21,6 +21,7 @@ from helpers.fidelity import Text
 from helpers.models import Loaded
 from helpers.params import Study
 
+ANSWER_TOKENS = 32  # a perturbed model may talk on; a line longer than this is no answer in CoQA
 DIALOGUES = {"cpu": 10, "cuda": 100}  # at least 10, below which statistics gives no interval
 
 
@@ -105,12 +106,14 @@ def measure(model, texts: list[Text], seeds: list[int], score: Callable | None =
 
 
 def f1_scorer(study: Study, loaded: Loaded) -> Callable:
-    """A `score` for `measure`: F1 of every turn of as many dialogues, by helpers.evaluation."""
+    """A `score` for `measure`: F1 of every turn of as many dialogues, by helpers.evaluation, answers cut at ANSWER_TOKENS."""
     from helpers import evaluation
 
     count = min(study.data.dialogues or DIALOGUES[loaded.info["device"]], DIALOGUES[loaded.info["device"]])
     data = study.data.model_copy(update={"dialogues": count})
-    smaller = study.model_copy(update={"data": data, "evaluation": study.evaluation.model_copy(update={"tasks": []})})
+    smaller = study.model_copy(
+        update={"data": data, "evaluation": study.evaluation.model_copy(update={"tasks": [], "max_gen_toks": ANSWER_TOKENS})}
+    )
 
     def score(model) -> tuple[list[float], list[str]]:
         rows = evaluation.evaluate(smaller, loaded._replace(model=model))["samples"][evaluation.DIALOGUES]

@@ -12,6 +12,8 @@ import io
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from helpers import EXECUTED, ROOT, StudyError, results
+
 STYLE = """<style>
 .jp-InputPrompt, .jp-OutputPrompt { display: none !important; }
 .jp-Cell { padding-top: 0 !important; padding-bottom: 0 !important; }
@@ -19,7 +21,8 @@ figure { margin: 1rem 0; } figcaption { color: #555; font-size: 0.8rem; }
 .jp-Notebook, body { max-width: 62rem; margin: 0 auto !important; }
 table.study { border-collapse: collapse; margin: 0.5rem 0 1rem; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 table.study th { text-align: left !important; border-bottom: 2px solid #444; padding: 0.25rem 0.7rem; vertical-align: bottom; }
-table.study td { text-align: left !important; border-bottom: 1px solid #ddd; padding: 0.25rem 0.7rem; vertical-align: top; white-space: normal; }
+table.study td { text-align: left !important; border-bottom: 1px solid #ddd; padding: 0.25rem 0.7rem;
+  vertical-align: top; white-space: normal; }
 table.study tr:hover { background: #f5f5f5; }
 p.note { color: #555; font-size: 0.85rem; }
 p.warning { border-left: 4px solid #d55e00; padding-left: 0.7rem; }
@@ -182,8 +185,11 @@ def accuracy_table(n: dict) -> pd.DataFrame:
 
 
 def accuracy_note(n: dict) -> str:
+    if not n.get("questions"):
+        return "This study measures hardware only."
     return (
-        f"F1 and exact match in points of 100, with 95% intervals by cluster bootstrap over {n['dialogues']} dialogues: {n['questions']} questions "
+        f"F1 and exact match in points of 100, with 95% intervals by cluster bootstrap over {n['dialogues']} dialogues: "
+        f"{n['questions']} questions "
         f"on all turns, {n['last_turn']['questions']} on last turns, which are what lm-eval's own task asks. "
         f"The paper's columns are {n['paper_model']} on 50 last turns of CoQA."
     )
@@ -212,7 +218,8 @@ def needed_sentences(n: dict) -> list[str]:
     for row in n.get("needed") or []:
         if row["n_dialogues"]:
             said.append(
-                f"To show {_name(n, row['b'])} minus {_name(n, row['a'])} at the {points(row['difference'], signed=True)} points measured here, with 80% power: "
+                f"To show {_name(n, row['b'])} minus {_name(n, row['a'])} at the {points(row['difference'], signed=True)} points "
+                f"measured here, with 80% power: "
                 f"{row['n_dialogues']:,} dialogues like these ({row['n_questions']:,} questions)."
             )
     return said
@@ -417,7 +424,8 @@ def perplexity_note(n: dict) -> str:
     if data is None:
         return "not measured in this study"
     return (
-        f"{data['tokens']:,} tokens (stories and gold answers) of {data['dialogues']} dialogues, the same for all; intervals by bootstrap over dialogues. "
+        f"{data['tokens']:,} tokens (stories and gold answers) of {data['dialogues']} dialogues, the same for all; "
+        "intervals by bootstrap over dialogues. "
         + "; ".join(f"{_name(n, name)}: {d['placement']}" for name, d in n["fidelity"].items())
         + "."
     )
@@ -622,3 +630,32 @@ def engine_table(n: dict) -> pd.DataFrame:
             for name, data in n["evaluation"].items()
         ]
     )
+
+
+# ---- README ----
+
+MARKS = ("<!-- found: rendered by make readme from executed/reference -->", "<!-- end of found -->")
+REFERENCES = ("smollm2-135m", "llama-3.2-1b-random")
+
+
+def readme(text: str) -> str:
+    """README.md's text with its findings rendered again from the committed runs. Raises StudyError if the marks are gone."""
+    if any(text.count(mark) != 1 for mark in MARKS):
+        raise StudyError(f"README.md: the lines {MARKS[0]!r} and {MARKS[1]!r} must each stand there once")
+    lines = []
+    for study in REFERENCES:
+        folder = EXECUTED / "reference" / "h100" / study
+        n = results.read(folder / "analysis.json").data["numbers"]
+        hardware = sorted({p["gpu"]["name"] for p in n["provenance"] if p["gpu"]})
+        lines += [f"**{n['title']}** ({', '.join(hardware)}; [report](executed/reference/h100/{study}/report.html)):", ""]
+        lines += [f"- {sentence}" for sentence in headline(n)]
+        verdicts = [row["verdict"] for row in n["claims"]]
+        counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+        lines += [f"- Of the paper's {len(verdicts)} claims, by this run alone: {counts}.", ""]
+    before, rest = text.split(MARKS[0])
+    return f"{before}{MARKS[0]}\n\n" + "\n".join(lines) + MARKS[1] + rest.split(MARKS[1])[1]
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    results.write_text(path, readme(path.read_text(encoding="utf-8")))

@@ -7,6 +7,8 @@ import sys
 import lm_eval
 import pytest
 import torch
+from bench_eval import parting
+from bitsandbytes.functional import has_avx512bf16
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -14,9 +16,11 @@ from lm_eval.tasks.coqa import utils as upstream
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import ROOT, coqa, slots
-from helpers.dialogue import HFDialogue, Request, group_by_prefix
+from helpers.answers import Request, group_by_prefix
+from helpers.dialogue import HFDialogue
 
 TASKS = str(ROOT / "helpers" / "tasks")
+BFLOAT16_TIE = 0.1  # logits; their spread over the vocabulary is some 20
 SIZES = {
     "hidden_size": 96,
     "intermediate_size": 128,
@@ -108,25 +112,34 @@ def test_batched_stock_agrees_too(tiny, tokenizer):
 def test_same_predictions_and_scores_on_dialogues(configuration, load, tmp_path):
     """Stock `coqa` over the same dialogues, against the last turns of coqa_turns."""
     model, tokenizer, _ = load(configuration)
-    dialogues = [shorten(d) for d in coqa.read("embedded", 4)]
+    dialogues = [shorten(d, turns=2, words=30) for d in coqa.read("embedded", 12)]
     path = tmp_path / "dialogues.jsonl"
     path.write_text("\n".join(json.dumps(d) for d in dialogues))
     manager = TaskManager(include_path=TASKS, metadata={"source": str(path)})
-    arguments = {"task_manager": manager, "bootstrap_iters": 0, "gen_kwargs": {"max_gen_toks": 24}}
+    arguments = {"task_manager": manager, "bootstrap_iters": 0, "gen_kwargs": {"max_gen_toks": 8}}
     stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     mine = HFDialogue(pretrained=model, tokenizer=tokenizer, answer_line=True)
     expected = lm_eval.simple_evaluate(model=stock, tasks=["coqa_turns"], **arguments)
     found = lm_eval.simple_evaluate(model=mine, tasks=["coqa_turns"], **arguments)
-    for metric in ("f1,none", "em,none"):
-        assert found["results"]["coqa_turns"][metric] == expected["results"]["coqa_turns"][metric]
-    for theirs, ours in zip(expected["samples"]["coqa_turns"], found["samples"]["coqa_turns"], strict=True):
-        assert first_line(ours["resps"][0][0]) == first_line(theirs["resps"][0][0])
+    for n, (theirs, ours) in enumerate(zip(expected["samples"]["coqa_turns"], found["samples"]["coqa_turns"], strict=True)):
         assert (ours["doc"]["id"], ours["doc"]["turn"]) == (theirs["doc"]["id"], theirs["doc"]["turn"])
+        said, wanted = ours["resps"][0][0], theirs["resps"][0][0]
+        if rounds_to_bfloat16(configuration) and first_line(said) != first_line(wanted):
+            gap = parting(mine, ours["arguments"][0][0], mine.generated[n], wanted)["gap"]
+            assert gap < BFLOAT16_TIE, f"{first_line(said)!r}, stock {first_line(wanted)!r}: {gap} logits apart"
+        else:
+            assert first_line(said) == first_line(wanted)
+            assert (ours["f1"], ours["em"]) == (theirs["f1"], theirs["em"])
     last = [s for s in found["samples"]["coqa_turns"] if s["doc"]["last_turn"]]
     assert [s["doc"]["id"] for s in last] == [d["id"] for d in dialogues]
     for sample, dialogue in zip(last, dialogues, strict=True):
         assert sample["arguments"][0][0] == upstream.doc_to_text(dialogue)
         assert {k: sample[k] for k in ("em", "f1")} == upstream.process_results(dialogue, sample["resps"][0])
+
+
+def rounds_to_bfloat16(configuration: str) -> bool:
+    """bitsandbytes' 4-bit kernel for AVX512-BF16 does, and a tie may then fall either way: stock at two batch sizes differs as much."""
+    return configuration != "fp16" and has_avx512bf16()
 
 
 def shorten(dialogue: dict, turns: int = 3, words: int = 60) -> dict:
@@ -228,9 +241,9 @@ class Script(HFDialogue):
     def say(self, text: str, **kwargs) -> str:
         made = iter(self.tokenizer.encode(text, add_special_tokens=False) + [self.eot_token_id] * 4)
         (request,) = self._prepare(requests(["Q: x\n\nA:"], **kwargs), [0])
-        while not self._ended(request, next(made), self._eos()):
+        while not self.endings.reached(request, next(made), self._eos()):
             pass
-        return self._text(request)
+        return self.endings.text(request)
 
 
 @pytest.fixture(scope="module")
@@ -428,6 +441,54 @@ def test_lm_evals_command_line(tiny, tokenizer, tmp_path):
     (samples,) = (tmp_path / "out").rglob("samples_coqa_turns_*.jsonl")
     docs = [json.loads(line)["doc"] for line in samples.read_text().splitlines()]
     assert [d["turn"] for d in docs] == [1, 2, 3, 1, 2, 3] and [d["last_turn"] for d in docs] == [False, False, True] * 2
+
+
+# ---- the captured step
+
+
+class Replay:
+    """Stands in for a CUDA graph: the recorded step reads what the fixed buffers hold when it is replayed, and nothing else."""
+
+    def __init__(self, step):
+        self.replay = step
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """Static slots that believe they can capture."""
+
+    def begin(self, *arguments, begin=slots.Slots.__init__, **options):
+        begin(self, *arguments, **options)
+        self.captured = self.static
+
+    monkeypatch.setattr(slots.Slots, "__init__", begin)
+
+
+def test_a_replayed_step_needs_nothing_but_its_buffers(tiny, tokenizer, capturing, monkeypatch):
+    captured = []
+
+    def capture(self, key):
+        captured.append(key)
+        self.graphs[key] = Replay(lambda: self._static_forward(*key))
+
+    monkeypatch.setattr(slots.Slots, "_capture", capture)
+    monkeypatch.setattr(slots, "ROW_BUCKETS", (2, 4, 8))
+    expected, found, _ = both(tiny, tokenizer, MIXED, options={"static": True, "max_slots": 3})
+    assert found == expected
+    assert len(captured) == len(set(captured)) > 1, "each shape is captured once"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU can capture")
+def test_a_capture_that_fails_is_reported_and_the_step_runs_eagerly(tiny, tokenizer, capturing):
+    expected, found, mine = both(tiny, tokenizer, MIXED, options={"static": True})
+    assert found == expected
+    (reason,) = mine.fallbacks
+    assert reason.startswith("CUDA graph: ") and mine.counts["graphs"] == 0
+
+
+def test_int8_with_a_threshold_is_never_captured(load, tiny):
+    assert "threshold 6.0" in slots.uncapturable(load("int8").model)
+    assert slots.uncapturable(tiny) is None and slots.uncapturable(load("nf4").model) is None
 
 
 # ---- on a GPU

@@ -85,13 +85,13 @@ def test_f1_comes_from_the_evaluation(load, study, monkeypatch):
     asked = []
 
     def evaluate(study, loaded):
-        asked.append((study.data.dialogues, study.evaluation.tasks, loaded.model))
+        asked.append((study.data.dialogues, study.evaluation.max_gen_toks, loaded.model))
         return {"samples": {evaluation.DIALOGUES: [{"f1": 0.25, "doc": {"id": "d", "turn": 1}}]}}
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     marker = object()
     assert noise.f1_scorer(study, load("fp16"))(marker) == ([0.25], ["d"])
-    assert asked == [(noise.DIALOGUES["cpu"], [], marker)]
+    assert asked == [(noise.DIALOGUES["cpu"], noise.ANSWER_TOKENS, marker)]
     few = study.model_copy(update={"data": study.data.model_copy(update={"dialogues": 2})})
     noise.f1_scorer(few, load("fp16"))(marker)
     assert asked[-1][0] == 2

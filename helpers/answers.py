@@ -1,0 +1,116 @@
+"""Questions put to a model, and when the answer to one ends, exactly as lm-eval's HFLM has it.
+
+A request's answer ends at an end-of-text token, after `max_gen_toks` tokens, at a stop sequence, or, if `answer_line`, where its first line
+with text on it ends. CoQA's metric reads no further than that line (lm_eval/tasks/coqa/utils.py, `process_results`).
+"""
+
+from dataclasses import dataclass, field
+
+from lm_eval.models.utils import postprocess_generated_text
+
+
+@dataclass
+class Request:
+    """One question: its place in lm-eval's list, its tokens, and when its answer ends."""
+
+    index: int
+    context: str
+    kwargs: dict
+    tokens: list[int]
+    max_gen_toks: int
+    until: list[str]
+    answer_line: bool
+    made: list[int] = field(default_factory=list)
+    done: bool = False
+
+
+@dataclass
+class Group:
+    """Requests whose tokens are all the beginning of the first one's."""
+
+    requests: list[Request]
+
+    @property
+    def length(self) -> int:
+        return len(self.requests[0].tokens)
+
+
+def group_by_prefix(requests: list[Request]) -> tuple[list[Group], int]:
+    """Requests as groups, longest context first within each and overall; and how many contexts continue another's text but not its tokens
+    (a token that spans the boundary), which therefore run alone."""
+    groups: list[Group] = []
+    alone, misaligned, leader = [], 0, None
+    for request in sorted(requests, key=lambda r: (r.context, r.index), reverse=True):
+        if leader and leader.requests[0].context.startswith(request.context):
+            if leader.requests[0].tokens[: len(request.tokens)] == request.tokens:
+                leader.requests.append(request)
+            else:
+                misaligned += 1
+                alone.append(Group([request]))
+        else:
+            leader = Group([request])
+            groups.append(leader)
+    return sorted(groups + alone, key=lambda g: -g.length), misaligned
+
+
+class Endings:
+    """Decides after every token, for one tokenizer. think_end_token: HFLM's (what precedes it is no part of the answer)."""
+
+    def __init__(self, tokenizer, think_end_token: str | int | None = None):
+        self.tokenizer, self.think_end_token = tokenizer, think_end_token
+        self.pieces: dict[int, str] = {}
+        self.windows: dict[str, int] = {}
+        self.watched: dict[tuple, tuple[set[str], bool]] = {}
+        self.cleanup = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+
+    def line_is_safe(self, until: list[str]) -> bool:
+        """Whether stopping at the line's end can't change that line: a stop sequence that continues over it could still cut it."""
+        return self.think_end_token is None and not any("\n" in stop.lstrip() for stop in until)
+
+    def _piece(self, token: int) -> str:
+        if token not in self.pieces:
+            self.pieces[token] = self.tokenizer.decode([token])
+        return self.pieces[token]
+
+    def _window(self, stop: str) -> int:
+        """How many last tokens lm-eval searches for a stop sequence (lm_eval/models/utils_hf.py, MultiTokenEOSCriteria)."""
+        if stop not in self.windows:
+            self.windows[stop] = len(self.tokenizer.encode(stop, add_special_tokens=False)) + 2
+        return self.windows[stop]
+
+    def _watch(self, request: Request) -> tuple[set[str], bool]:
+        """Last characters of what may end an answer, and whether decoding may drop or move them."""
+        key = (*request.until, request.answer_line)
+        if key not in self.watched:
+            last = {stop[-1] for stop in request.until if stop} | ({"\n"} if request.answer_line else set())
+            self.watched[key] = last, self.cleanup or any(c.isspace() for c in last - {"\n"})
+        return self.watched[key]
+
+    def reached(self, request: Request, token: int, eos: set[int]) -> bool:
+        """Add a token to a request's answer; whether it is the last."""
+        request.made.append(token)
+        if token in eos or len(request.made) >= request.max_gen_toks:
+            return True
+        # Text is decoded only when the newest token could have completed something: it holds a last character, or part of one.
+        piece = self._piece(token)
+        watch, always = self._watch(request)
+        if piece and "\ufffd" not in piece and not always and not any(character in piece for character in watch):
+            return False
+        if any(stop and stop in self.tokenizer.decode(request.made[-self._window(stop) :]) for stop in request.until):
+            return True
+        return request.answer_line and "\n" in self.tokenizer.decode(request.made, skip_special_tokens=True).lstrip()
+
+    def text(self, request: Request) -> str:
+        """The answer as HFLM gives it (lm_eval/models/huggingface.py, `generate_until`), cut after its line if `answer_line`."""
+        tokens, think = request.made, self.think_end_token
+        if isinstance(think, int) and think in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(think) :]
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        if isinstance(think, int):
+            text = text.lstrip()
+        think = think if isinstance(think, str) else None
+        text = postprocess_generated_text(generation=text, stop=request.until, think_end_token=think)
+        if request.answer_line:
+            blank = len(text) - len(text.lstrip())
+            text = text[:blank] + text[blank:].split("\n")[0]
+        return text

@@ -92,7 +92,8 @@ def fig2_bar_comparison(study, found: dict, analysis: dict):
             values = [v for v in ((row or {}).get("ci_high"), (row or {}).get("mean"), hollow, turn) if v is not None]
             top = max([top, *values])
             if row:
-                _bar_value(axes, i, row, max(values), style.look(found, name)[0])
+                # beside this study's own marks: behind the paper's it would read as the paper's value
+                _bar_value(axes, i, row, max(v for v in values if v != hollow), style.look(found, name)[0])
         axes.set_xlim(0, top * 1.1 or 1)
         axes.set_title(title)
         axes.set_xlabel(f"{title} (0 to 1)")

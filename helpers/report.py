@@ -413,7 +413,7 @@ def perplexity_table(n: dict) -> pd.DataFrame:
                 "99.9 %": number(kl["p999"], 4),
                 "max": number(kl["max"], 3),
                 "Same top token": f"{points(data['agreement'])} %",
-                "RMS change of the right token's probability": f"{points(data['correct_token']['rms'], 2)} points",
+                "RMS Δp": f"{points(data['correct_token']['rms'], 2)} %",
             }
         )
     return pd.DataFrame(rows)
@@ -425,6 +425,7 @@ def perplexity_note(n: dict) -> str:
         return "not measured in this study"
     return (
         f"{data['tokens']:,} tokens (stories and gold answers) of {data['dialogues']} dialogues, the same for all; "
+        "RMS Δp is the root mean square change of the right token's probability; "
         "intervals by bootstrap over dialogues. "
         + "; ".join(f"{_name(n, name)}: {d['placement']}" for name, d in n["fidelity"].items())
         + "."

@@ -112,11 +112,11 @@ def test_batched_stock_agrees_too(tiny, tokenizer):
 def test_same_predictions_and_scores_on_dialogues(configuration, load, tmp_path):
     """Stock `coqa` over the same dialogues, against the last turns of coqa_turns."""
     model, tokenizer, _ = load(configuration)
-    dialogues = [shorten(d, turns=2, words=30) for d in coqa.read("embedded", 12)]
+    dialogues = [shorten(d, turns=2, words=25) for d in coqa.read("embedded", 12)]
     path = tmp_path / "dialogues.jsonl"
     path.write_text("\n".join(json.dumps(d) for d in dialogues))
     manager = TaskManager(include_path=TASKS, metadata={"source": str(path)})
-    arguments = {"task_manager": manager, "bootstrap_iters": 0, "gen_kwargs": {"max_gen_toks": 8}}
+    arguments = {"task_manager": manager, "bootstrap_iters": 0, "gen_kwargs": {"max_gen_toks": 6}}
     stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     mine = HFDialogue(pretrained=model, tokenizer=tokenizer, answer_line=True)
     expected = lm_eval.simple_evaluate(model=stock, tasks=["coqa_turns"], **arguments)

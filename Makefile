@@ -23,13 +23,13 @@ endif
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-# What each notebook's results depend on, beside the notebook and its parameter files.
+# What each notebook's results depend on, beside the notebook and its parameter files (tests/test_makefile.py compares with the imports).
 h = $(wildcard $(patsubst %,helpers/%.py,$(1)))
 COMMON := $(call h,__init__ params results)
-WEIGHTS := $(COMMON) $(call h,models methods compress calibration hub coqa)
-EVALUATE := $(WEIGHTS) $(call h,evaluation dialogue slots) $(wildcard helpers/tasks/*.* helpers/tasks/dialogues/*)
-BENCHMARK := $(WEIGHTS) $(call h,benchmark capacity decode device int8_limit memory roofline throughput timing)
-FIDELITY := $(WEIGHTS) $(call h,fidelity divergence weights codebooks noise sensitivity statistics)
+WEIGHTS := $(COMMON) $(call h,models methods compress calibration hub coqa memory)
+EVALUATE := $(WEIGHTS) $(call h,evaluation dialogue slots answers) $(wildcard helpers/tasks/*.* helpers/tasks/dialogues/*)
+BENCHMARK := $(WEIGHTS) $(call h,benchmark capacity decode device int8_limit roofline throughput timing weights codebooks)
+FIDELITY := $(EVALUATE) $(call h,fidelity divergence weights codebooks noise sensitivity statistics)
 ANALYSIS := $(COMMON) params/paper.yaml $(call h,analysis claims evidence report statistics redraw) $(wildcard helpers/figures*.py helpers/diagrams.py)
 STUDY_FILE := params/$(STUDY)/study.yaml
 NB = $(PY) -m helpers.notebook

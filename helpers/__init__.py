@@ -2,19 +2,21 @@
 
 | file | what it holds |
 |---|---|
-| `params` | the schema of params/STUDY/*.yaml, and its error messages |
-| `models` | weights: `prepare`, `load` |
-| `methods` | quantization methods: what each needs, which kernel it runs |
-| `compress` | GPTQ and AWQ, quantized once and cached |
-| `calibration` | the text that GPTQ and AWQ see |
-| `coqa` | dialogues in CoQA's format: read, validate |
-| `dialogue` | `hf-dialogue`, an lm-eval model that answers every turn from one prefill |
-| `evaluation` | lm-eval runs |
-| `benchmark` | memory, latency, throughput |
+| `params`, `new_study` | the schema of params/STUDY/*.yaml and its error messages; a new study's folder |
 | `results` | result files: schema, provenance, atomic writes |
-| `statistics` | paired, clustered comparisons |
-| `figures` | every figure |
-| `notebook` | headless runs through papermill, and `make status` |
+| `notebook` | headless runs through papermill, the HTML report, `make status` |
+| `models`, `hub` | full-precision weights: `prepare`, `load`; models and data sets of the model hub |
+| `methods`, `compress`, `calibration` | quantization methods; GPTQ and AWQ, quantized once and cached; the text that they see |
+| `coqa`, `tasks/` | dialogues in CoQA's format; lm-eval's tasks over them, and the dialogues that ship |
+| `evaluation` | lm-eval runs |
+| `dialogue`, `answers`, `slots` | `hf-dialogue`, an lm-eval model: every turn from one prefill; when an answer ends; shared contexts |
+| `benchmark` | what 02 measures, from `memory`, `timing`, `decode`, `throughput`, `capacity`, `roofline`, `device`, `int8_limit` |
+| `fidelity`, `divergence` | a quantized model's predictions against full precision's |
+| `weights`, `codebooks`, `sensitivity`, `noise` | what formats do to weights, the best levels, one block at a time, Gaussian noise |
+| `statistics`, `redraw` | paired, clustered comparisons; the paper's 50 questions, drawn again |
+| `analysis`, `claims`, `evidence` | all numbers of the report; the paper's claims, and where they find their numbers |
+| `report` | tables and sentences, and the findings in README.md |
+| `figures`, `figures_*`, `diagrams` | every figure |
 """
 
 from pathlib import Path

@@ -196,7 +196,8 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], s
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             path = _store(texts, full.model, Path(scratch), clock)
             head = full.model.get_output_embeddings()
-            full = models.free(full)
+            del full
+            models.free()
             other = models.load(study, configuration)
             clock("loading")
             rows = _compare_all(texts, _stored(path, head), other.model, 1, clock, progress)

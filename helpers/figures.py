@@ -13,6 +13,7 @@ PNG and SVG are the same bytes for the same results: no dates, no random names.
 import base64
 import html
 import inspect
+import io
 import os
 from pathlib import Path
 
@@ -45,6 +46,7 @@ FIGURES = {
     )
 }
 PNG_DPI = 200
+REPORT_DPI = 144  # the report holds every figure: a smaller page
 
 
 def read_numbers(study) -> tuple[dict, str | None]:
@@ -97,11 +99,21 @@ def show(names, study, found: dict, analysis: dict, folder: Path) -> str:
         if outcome != "ok":
             parts.append(f'<p class="note">{name} is not drawn: {html.escape(outcome)}.</p>')
             continue
-        text = html.escape(caption(name, study, found, analysis))
-        picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        image = f'<img src="data:image/png;base64,{picture}" alt="{text}" style="width: 100%; max-width: 800px">'
-        parts.append(f'<figure id="{name}" style="margin: 1rem 0">{image}<figcaption>{text}</figcaption></figure>')
+        parts.append(_embedded(name, (folder / f"{name}.png").read_bytes(), caption(name, study, found, analysis)))
     return "\n".join(parts)
+
+
+def inline(name: str, study, found: dict, analysis: dict) -> str:
+    """One figure as HTML with its caption, without a file. Raises Missing if its inputs are not there."""
+    picture = io.BytesIO()
+    draw(name, study, found, analysis).savefig(picture, format="png", dpi=REPORT_DPI, bbox_inches="tight")
+    return _embedded(name, picture.getvalue(), caption(name, study, found, analysis))
+
+
+def _embedded(name: str, picture: bytes, text: str) -> str:
+    text = html.escape(text)
+    image = f'<img src="data:image/png;base64,{base64.b64encode(picture).decode()}" alt="{text}" style="width: 100%; max-width: 800px">'
+    return f'<figure id="{name}" style="margin: 1rem 0">{image}<figcaption>{text}</figcaption></figure>'
 
 
 def caption(name: str, study, found: dict, analysis: dict) -> str:

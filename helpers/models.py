@@ -214,9 +214,8 @@ def quantized_layers(model) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in model.named_modules() if methods.is_quantized(module)}
 
 
-def free(loaded: Loaded | None = None) -> None:
-    """Give memory back to the device; the caller drops its own references first."""
-    del loaded
+def free() -> None:
+    """Give memory back to the device; the caller has dropped its references."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -5,11 +5,8 @@ that was not measured is a dash; a sentence that the numbers do not support is n
 are escaped, never rendered.
 """
 
-import base64
 import html
-import io
 
-import matplotlib.pyplot as plt
 import pandas as pd
 
 from helpers import EXECUTED, ROOT, StudyError, results
@@ -544,20 +541,13 @@ def bullets(sentences: list[str]) -> str:
 
 
 def figure(name: str, study, found: dict, n: dict) -> str:
-    """A figure of helpers.figures as HTML with its caption, embedded; a note instead where its inputs are missing."""
+    """A figure with its caption, embedded; a note instead where its inputs are missing."""
     from helpers import figures
 
     try:
-        drawn = figures.draw(name, study, found, n)
+        return figures.inline(name, study, found, n)
     except figures.Missing as missing:
         return note_line(f"{name}: no figure: {missing}")
-    image = io.BytesIO()
-    drawn.savefig(image, format="png", dpi=144, bbox_inches="tight")
-    plt.close(drawn)
-    caption = html.escape(figures.caption(name, study, found, n))
-    data = base64.b64encode(image.getvalue()).decode()
-    picture = f'<img alt="{caption}" style="max-width:100%" src="data:image/png;base64,{data}">'
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
 def limit_table(n: dict) -> pd.DataFrame:
@@ -582,24 +572,24 @@ def limit_table(n: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def profile_table(n: dict) -> pd.DataFrame:
+def _benchmark_rows(n: dict, part: str, digits: int) -> pd.DataFrame:
+    """A list of the benchmark's as it is, for all configurations; the keys become the headers."""
     rows = []
     for name, data in n["benchmark"].items():
-        for row in data.get("profile") or []:
-            rows.append({"Configuration": _name(n, name)} | _plain(row, 3))
+        for row in data.get(part) or []:
+            cells = {
+                k.replace("_", " "): number(v, digits) if isinstance(v, float) else v for k, v in row.items() if not isinstance(v, list)
+            }
+            rows.append({"Configuration": _name(n, name)} | cells)
     return pd.DataFrame(rows)
 
 
-def _plain(row: dict, digits: int) -> dict:
-    return {k.replace("_", " "): number(v, digits) if isinstance(v, float) else v for k, v in row.items() if not isinstance(v, list)}
+def profile_table(n: dict) -> pd.DataFrame:
+    return _benchmark_rows(n, "profile", 3)
 
 
 def largest_batch_table(n: dict) -> pd.DataFrame:
-    rows = []
-    for name, data in n["benchmark"].items():
-        for row in data.get("largest_batch") or []:
-            rows.append({"Configuration": _name(n, name)} | _plain(row, 1))
-    return pd.DataFrame(rows)
+    return _benchmark_rows(n, "largest_batch", 1)
 
 
 def tasks_table(n: dict) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,8 +45,6 @@ def test_run_all_resumes_repeats_nothing_and_keeps_good_configurations_beside_a_
     assert "failed" in make("status").stdout
 
     (project / "params/tiny/bad.yaml").unlink()
-    import shutil
-
     shutil.rmtree(project / "executed/tiny/bad")
     assert make("run-all").returncode == 0
     start = time.monotonic()

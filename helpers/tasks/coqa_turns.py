@@ -15,8 +15,6 @@ from lm_eval.tasks.coqa import utils as upstream
 
 from helpers import coqa
 
-ANSWERS = ("answers", "additional_answers")
-
 
 def _columns(columns: dict, turns: int) -> dict:
     return {name: column[:turns] for name, column in columns.items()}

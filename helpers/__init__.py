@@ -9,7 +9,7 @@
 | `methods`, `compress`, `calibration` | quantization methods; GPTQ and AWQ, quantized once and cached; the text that they see |
 | `coqa`, `tasks/` | dialogues in CoQA's format; lm-eval's tasks over them, and the dialogues that ship |
 | `evaluation` | lm-eval runs |
-| `dialogue`, `answers`, `slots` | `hf-dialogue`, an lm-eval model: every turn from one prefill; when an answer ends; shared contexts |
+| `dialogue`, `answers`, `slots`, `static_slots` | `hf-dialogue`, an lm-eval model: every turn from one prefill; endings; shared contexts |
 | `benchmark` | what 02 measures, from `memory`, `timing`, `decode`, `throughput`, `capacity`, `roofline`, `device`, `int8_limit` |
 | `fidelity`, `divergence` | a quantized model's predictions against full precision's |
 | `weights`, `codebooks`, `sensitivity`, `noise` | what formats do to weights, the best levels, one block at a time, Gaussian noise |

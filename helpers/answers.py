@@ -22,6 +22,7 @@ class Request:
     answer_line: bool
     made: list[int] = field(default_factory=list)
     done: bool = False
+    right: int = 0  # guesses that were right in the last step
 
 
 @dataclass
@@ -51,6 +52,21 @@ def group_by_prefix(requests: list[Request]) -> tuple[list[Group], int]:
             leader = Group([request])
             groups.append(leader)
     return sorted(groups + alone, key=lambda g: -g.length), misaligned
+
+
+def guess(request: Request, count: int) -> list[int]:
+    """Up to `count` tokens that may follow: what followed the answer's last three (or two) tokens where they stood before, in the answer or
+    its context. An answer that goes round in circles, or quotes, is guessed right."""
+    if count < 1:
+        return []
+    text = request.tokens + request.made
+    for size in (3, 2):
+        tail = text[-size:]
+        for at in range(len(text) - size - 1, -1, -1):
+            if text[at] == tail[0] and text[at : at + size] == tail:
+                period = len(text) - at - size
+                return [text[at + size + n % period] for n in range(count)]
+    return []
 
 
 class Endings:

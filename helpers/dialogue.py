@@ -31,8 +31,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from tqdm import tqdm
 
-from helpers.answers import Endings, Group, Request, group_by_prefix
-from helpers.slots import OutOfColumns, Row, Slots, bytes_per_column, bytes_per_token, unsupported, widest_layer
+from helpers.answers import Endings, Group, Request, group_by_prefix, guess
+from helpers.slots import PackedSlots, Row, Slots, bytes_per_column, bytes_per_token, room, unsupported, widest_layer
+from helpers.static_slots import OutOfColumns, StaticSlots
 
 GREEDY = {"until", "max_gen_toks", "do_sample", "temperature"}
 # Keys of a model's generation_config that don't change what greedy generation yields.
@@ -42,12 +43,15 @@ HARMLESS = {
 }
 INT32 = 2**31
 MAX_TURNS = 64  # rows over one context; a larger group is split
-CPU_SLOTS = 4  # with a dozen turns each, a step is bound by arithmetic already; more would only take memory
+CPU_SLOTS = 12
+GUESSED_TOKENS = 48  # in a step of fewer tokens, guesses fill it up: it costs little more
+GUESSES = 15  # for one row
 CPU_ROWS = 128
 CPU_PREFILL_TOKENS = 1024
 CUDA_SLOTS = 64
 CUDA_ROWS = 1024
-CUDA_PREFILL_TOKENS = 32768
+CUDA_PREFILL_TOKENS = 8192  # enough to keep the GPU busy; more only takes memory
+FEW_SLOTS = 4  # a quarter of the slots or less
 SLOTS_SHARE, ACTIVATIONS_SHARE = 0.6, 0.3  # of free memory
 
 
@@ -99,8 +103,8 @@ class HFDialogue(HFLM):
 
     def report(self) -> dict:
         """seconds: by phase (s); counts: requests, groups, alone, misaligned, truncated, prefill_tokens, context_tokens (what stock
-        prefills), decode_steps, decode_tokens, peak_rows, graphs, out_of_memory; fallbacks: reason -> requests, or -> 1 for a step that
-        could not be captured; limits: slots, rows, prefill_tokens of the last round."""
+        prefills), decode_steps, decode_tokens, guessed, guessed_right, peak_rows, graphs, out_of_memory; fallbacks: reason -> requests,
+        or -> 1 for a step that could not be captured; limits: slots, rows, prefill_tokens of the last round."""
         limits = vars(self.limits) if self.limits else None
         return {"seconds": dict(self.seconds), "counts": dict(self.counts), "fallbacks": dict(self.fallbacks), "limits": limits}
 
@@ -241,21 +245,13 @@ class HFDialogue(HFLM):
         """Columns of a slot to begin with: the longest context, and room for answers of ordinary length."""
         turns = min(max(len(g.requests) for g in groups), rows, MAX_TURNS)
         most = max(r.max_gen_toks for g in groups for r in g.requests)
-        return groups[0].length + min(turns * most, max(most, 16 * turns))
+        return groups[0].length + min(turns * most, room(turns))
 
     def _round(self, groups: list[Group], limits: Limits, answers: list, bar) -> None:
         turns = min(limits.rows, max(len(g.requests) for g in groups), MAX_TURNS)
         queue = [Group(g.requests[n : n + turns]) for g in groups for n in range(0, len(g.requests), turns)]
         queue.sort(key=lambda g: g.length)  # the longest at the end: memory runs out at once or not at all
-        static = self.static if self.static is not None else self.device.type == "cuda"
-        slots = Slots(
-            self.model,
-            slots=min(limits.slots, len(queue)),
-            turns=turns,
-            columns=self._columns(groups, turns),
-            static=static,
-            captured=static and self.cuda_graph and self.device.type == "cuda",
-        )
+        slots = self._slots(groups, min(limits.slots, len(queue)), turns)
         eos = self._eos()
         active: dict[int, list[tuple[Row, Request]]] = {}
         for group in queue:
@@ -265,11 +261,17 @@ class HFDialogue(HFLM):
             while queue or active:
                 self._refill(slots, queue, active, limits, eos, answers, bar)
                 if active:
-                    self._decode(slots, active, eos, answers, bar)
+                    self._decode(slots, active, queue, eos, answers, bar)
         finally:
             self.counts["graphs"] += slots.captures
             for reason in slots.fallbacks:
                 self.fallbacks[reason] = 1
+
+    def _slots(self, groups: list[Group], count: int, turns: int) -> Slots:
+        cuda = self.device.type == "cuda"
+        if not (cuda if self.static is None else self.static):
+            return PackedSlots(self.model, count)
+        return StaticSlots(self.model, count, turns, self._columns(groups, turns), captured=self.cuda_graph and cuda)
 
     def _eos(self) -> set[int]:
         """What `generate` itself stops at."""
@@ -297,31 +299,58 @@ class HFDialogue(HFLM):
             with self._timed("prefill"):
                 found = slots.prefill([(g.requests[0].tokens, [len(r.tokens) for r in g.requests]) for g in batch], free[: len(batch)])
             self.counts["prefill_tokens"] += sum(g.length for g in batch)
-            for slot, group, new in zip(free, batch, found, strict=False):
+            fresh, free = free[: len(batch)], free[len(batch) :]
+            for slot, group, new in zip(fresh, batch, found, strict=True):
                 active[slot] = list(zip(new, group.requests, strict=True))
-            free = free[len(batch) :]
             self.counts["peak_rows"] = max(self.counts["peak_rows"], rows)
-            self._retire(active, eos, answers, bar, fresh={n for n in active if active[n] and not active[n][0][1].made})
+            self._retire(active, fresh, [[row.token] for new in found for row in new], eos, answers, bar)
 
-    def _decode(self, slots: Slots, active, eos, answers, bar) -> None:
-        rows = [row for slot in sorted(active) for row, _ in active[slot]]
+    def _decode(self, slots: Slots, active, queue, eos, answers, bar) -> None:
         with self._timed("decode"):
+            # A few long answers at the end: a step over fixed buffers costs what all slots cost, used or not.
+            if slots.static and not queue and len(active) <= (slots.count - slots.first) // FEW_SLOTS:
+                self._repack(slots, active, queue, slots.columns)
+            drafts = None if slots.static else self._drafts(active)
             try:
-                slots.step(rows)
+                found = slots.step(self._rows(active), drafts)
             except OutOfColumns:
-                slots.grow(slots.columns + max(max(len(pairs) for pairs in active.values()), slots.columns // 2))
-                slots.step(rows)
+                self._repack(slots, active, queue, slots.columns + max(MAX_TURNS, slots.columns // 2))
+                found = slots.step(self._rows(active))
         self.counts["decode_steps"] += 1
-        self.counts["decode_tokens"] += len(rows)
-        self._retire(active, eos, answers, bar)
+        self.counts["decode_tokens"] += sum(map(len, found))
+        self._retire(active, sorted(active), found, eos, answers, bar)
 
-    def _retire(self, active, eos, answers, bar, fresh=None) -> None:
-        """Take every row's newest token; rows that are done leave, and slots without rows are free."""
+    def _drafts(self, active) -> list[list[int]]:
+        """Guesses for every row, as many as the step takes; after a wrong one, a row starts again with a single guess."""
+        pairs = [pair for slot in sorted(active) for pair in active[slot]]
+        share = min(GUESSES, GUESSED_TOKENS // len(pairs) - 1)
+        drafts = [guess(r, min(share, 1 + 2 * r.right, r.max_gen_toks - len(r.made) - 1)) for _, r in pairs]
+        self.counts["guessed"] += sum(map(len, drafts))
+        return drafts
+
+    @staticmethod
+    def _rows(active) -> list[Row]:
+        return [row for slot in sorted(active) for row, _ in active[slot]]
+
+    def _repack(self, slots: Slots, active, queue, columns: int) -> None:
+        """Change the columns of all slots; those that nothing will use again are given up."""
+        keep = range(slots.first, slots.count) if queue else sorted(active)
+        places = slots.repack(list(keep), columns, self._rows(active))
+        moved = {places[slot]: pairs for slot, pairs in active.items()}
+        active.clear()
+        active.update(moved)
+
+    def _retire(self, active, slots: list[int], found: list[list[int]], eos, answers, bar) -> None:
+        """Give the rows of these slots their newest tokens; rows that are done leave, and slots without rows are free."""
         start = time.perf_counter()
-        for slot in sorted(active) if fresh is None else sorted(fresh):
+        tokens = iter(found)
+        for slot in slots:
             kept = []
             for row, request in active[slot]:
-                if not self.endings.reached(request, row.token, eos):
+                new = next(tokens)
+                request.right = len(new) - 1
+                self.counts["guessed_right"] += request.right
+                if not any(self.endings.reached(request, token, eos) for token in new):
                     kept.append((row, request))
                     continue
                 request.done = True

@@ -4,13 +4,13 @@ Vocabulary. A *slot* holds one context's keys and values, and behind them those 
 A *row* is one answer being generated: it sees the first `length` columns of its slot's context and its own generated columns, and
 nothing of its neighbours'. A *group* is a context with the lengths at which rows begin: a dialogue's last prompt, with its turns' ends.
 
-    slots = Slots(model, slots=8, turns=12, columns=1024)
+    slots = PackedSlots(model, slots=8)
     rows = slots.prefill([(tokens, [210, 260, 305])], [slot])     # greedy first tokens: rows[0].token ...
     slots.step(rows)                                               # each row's next token; drop finished rows between steps
 
 The model's own forward runs, without its cache: an attention function (`shared_context`) keeps keys and values in the slots. Linear
-layers see packed rows, so that a row that has left costs nothing. On a CPU the attention goes slot by slot over exactly its columns; the
-static form (`static=True`) works on fixed buffers in buckets of rows and columns, so that a CUDA graph can hold the step.
+layers see packed rows, so that a row that has left costs nothing. Here the attention goes slot by slot over exactly its columns, as suits a
+CPU; helpers.static_slots works on fixed buffers, so that a CUDA graph can hold the step.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,7 @@ from transformers import AttentionInterface
 ATTENTION = "shared_context"
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 COLUMN_MULTIPLE = 64  # the memory-efficient attention kernel wants an aligned mask
-COLUMN_BUCKET = 512
-ROW_BUCKETS = (16, 128, 1024)  # few, because capturing one costs as much as dozens of its steps
-
-
-class OutOfColumns(Exception):
-    """The static buffers can't take another token; `Slots.grow` makes room."""
+HEAD_ROWS = 256  # logits of so many rows at a time
 
 
 @dataclass
@@ -63,14 +58,6 @@ def unsupported(model) -> str | None:
     return None
 
 
-def uncapturable(model) -> str | None:
-    """Why a decode step can't be a CUDA graph, or None."""
-    for name, module in model.named_modules():
-        if getattr(getattr(module, "state", None), "threshold", 0.0) > 0.0:
-            return f"LLM.int8() with threshold {module.state.threshold} synchronizes in every layer ({name})"
-    return None
-
-
 def bytes_per_column(model) -> int:
     """Keys and values of one token in all layers, bytes."""
     config = model.config
@@ -89,6 +76,11 @@ def widest_layer(model) -> int:
     return max(max(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
+def room(turns: int) -> int:
+    """Columns for the answers of so many rows to begin with; few answers are long, and a slot can grow."""
+    return max(32, 16 * turns)
+
+
 def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
@@ -103,60 +95,26 @@ AttentionInterface.register(ATTENTION, shared_context)
 
 
 class Slots:
-    """Buffers for `slots` contexts of up to `columns` columns and `turns` rows each. Slot 0 of the static form is scratch: padding
-    rows write there.
+    """What both forms share: the model's forward, prefill. A form stores keys and values (`_store`, tensors [groups, tokens, kv_heads,
+    head_dim]), opens a slot's rows (`_open`, the lengths they see as [rows, 1]) and steps."""
 
-    static: the fixed-buffer step; captured: as CUDA graphs. `fallbacks` lists reasons why a step was not captured.
-    """
+    static = False
+    first = 0  # the first slot that is not scratch
 
-    def __init__(self, model, slots: int, turns: int, columns: int, static: bool = False, captured: bool = False):
+    def __init__(self, model, slots: int):
         config = model.config
-        self.model, self.turns, self.static = model, turns, static
+        self.model, self.count = model, slots + self.first
         self.device, self.dtype = model.device, model.dtype
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.group = self.heads // self.kv_heads
-        self.first = 1 if static else 0
-        self.count = slots + self.first
-        self.columns = round_up(columns, COLUMN_MULTIPLE)
+        self.layers = config.num_hidden_layers
         self.used = [0] * self.count
         self.fallbacks: list[str] = []
-        self.captured = captured
-        if captured and (reason := uncapturable(model)):
-            self.fallbacks.append(reason)
-            self.captured = False
-        self.graphs: dict = {}
-        self.seen: set = set()
         self.captures = 0
-        self.pool = None
-        # Zeros, not empty: a masked column has weight 0, and 0 times a leftover NaN would be NaN.
-        shape = (self.count, self.columns, self.kv_heads, self.head_dim)
-        self.cache = [tuple(self._zeros(*shape) for _ in range(2)) for _ in range(config.num_hidden_layers)]
-        self.mask = self._zeros(self.count, self.group if static else 1, turns, self.columns).fill_(-torch.inf)
-        self.visible = self._zeros()
-        self.buffers: dict = {}
-        if static:
-            self.mask[0] = 0
 
     def _zeros(self, *shape, dtype=None):
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
-
-    def grow(self, columns: int) -> None:
-        """Room for `columns` columns a slot; graphs are captured anew."""
-        columns = round_up(columns, COLUMN_MULTIPLE)
-        self.graphs.clear()
-        self.seen.clear()
-        for layer, pair in enumerate(self.cache):
-            wider = tuple(self._zeros(self.count, columns, self.kv_heads, self.head_dim) for _ in range(2))
-            for old, new in zip(pair, wider, strict=True):
-                new[:, : self.columns] = old
-            self.cache[layer] = wider
-            del pair
-        mask = self._zeros(*self.mask.shape[:3], columns).fill_(-torch.inf)
-        mask[..., : self.columns] = self.mask
-        if self.static:
-            mask[0] = 0
-        self.mask, self.columns = mask, columns
 
     def _forward(self, ids, positions, attend):
         """Hidden states [batch, tokens, hidden] of the model's own forward with this file's attention."""
@@ -168,6 +126,10 @@ class Slots:
         finally:
             config._attn_implementation = before
 
+    def _likeliest(self, hidden):
+        """Greedy tokens [rows] from hidden states [rows, width], without ever holding the logits of all rows."""
+        return torch.cat([self.model.lm_head(some).argmax(-1) for some in hidden.split(HEAD_ROWS)])
+
     # ---- prefill
 
     @torch.inference_mode()
@@ -178,14 +140,9 @@ class Slots:
         ids = torch.zeros(len(groups), longest, dtype=torch.long)
         for n, (tokens, _) in enumerate(groups):
             ids[n, : len(tokens)] = torch.tensor(tokens)
-        index = torch.tensor(slots, device=self.device)
 
         def attend(layer, query, key, value, scaling):
-            for cache, new in zip(self.cache[layer], (key, value), strict=True):
-                if len(slots) == 1:
-                    cache[slots[0], :longest] = new[0].transpose(0, 1)
-                else:
-                    cache[index, :longest] = new.transpose(1, 2)
+            self._store(layer, groups, slots, key.transpose(1, 2), value.transpose(1, 2))
             shared = self.group > 1
             if shared and query.is_cuda and self.dtype == torch.float32:
                 # Only the kernels for 16 bits know shared key heads; the fallback would hold every score in memory.
@@ -198,33 +155,13 @@ class Slots:
         # The vocabulary's logits are computed where a row begins and nowhere else: [rows, vocabulary], not [tokens, vocabulary].
         at = [(n, length - 1) for n, (_, lengths) in enumerate(groups) for length in lengths]
         where, when = (torch.tensor(column, device=self.device) for column in zip(*at, strict=True))
-        first = iter(self.model.lm_head(hidden[where, when]).argmax(-1).tolist())
+        first = iter(self._likeliest(hidden[where, when]).tolist())
         rows = []
         for slot, (tokens, lengths) in zip(slots, groups, strict=True):
             self.used[slot] = len(tokens)
-            ends = torch.tensor(lengths, device=self.device)[:, None]
-            hidden_columns = torch.arange(self.columns, device=self.device)[None] >= ends
-            fresh = self._zeros(len(lengths), self.columns).masked_fill_(hidden_columns, -torch.inf)
-            self.mask[slot, :, : len(lengths)] = fresh
+            self._open(slot, len(tokens), torch.tensor(lengths, device=self.device)[:, None])
             rows.append([Row(slot, turn, length, next(first)) for turn, length in enumerate(lengths)])
         return rows
-
-    # ---- decode
-
-    @torch.inference_mode()
-    def step(self, rows: list[Row]) -> None:
-        """One more token for every row. Rows of one slot must stand together. Raises OutOfColumns before anything is changed."""
-        spans = self._spans(rows)
-        if max(self.used[slot] + stop - start for slot, start, stop in spans) > self.columns:
-            raise OutOfColumns
-        columns = [0] * len(rows)
-        for slot, start, stop in spans:
-            columns[start:stop] = range(self.used[slot], self.used[slot] + stop - start)
-            self.used[slot] += stop - start
-        tokens = self._static_step(rows, columns) if self.static else self._packed_step(rows, columns, spans)
-        for row, token in zip(rows, tokens, strict=True):
-            row.token = token
-            row.made += 1
 
     @staticmethod
     def _spans(rows: list[Row]) -> list[tuple[int, int, int]]:
@@ -236,91 +173,104 @@ class Slots:
                 start = n
         return spans
 
-    def _packed_step(self, rows, columns, spans):
-        index = torch.tensor([(r.slot, r.turn, c, r.token, r.length + r.made - 1) for r, c in zip(rows, columns, strict=True)])
-        slot, turn, column, ids, positions = index.to(self.device).unbind(1)
-        self.mask[slot, 0, turn, column] = 0
+    def _closed(self, *shape):
+        """An additive mask that shows nothing."""
+        return torch.full(shape, -torch.inf, dtype=self.dtype, device=self.device)
+
+
+class PackedSlots(Slots):
+    """Every slot has buffers of its own length, and a step runs exactly the tokens it is given."""
+
+    def __init__(self, model, slots: int):
+        super().__init__(model, slots)
+        self.keys: list[list] = [[None] * self.count for _ in range(self.layers)]
+        self.values: list[list] = [[None] * self.count for _ in range(self.layers)]
+        self.masks: list = [None] * self.count  # [rows, columns]
+
+    def _store(self, layer, groups, slots, key, value) -> None:
+        for n, (slot, (tokens, lengths)) in enumerate(zip(slots, groups, strict=True)):
+            columns = round_up(len(tokens) + room(len(lengths)), COLUMN_MULTIPLE)
+            for kept, new in ((self.keys[layer], key), (self.values[layer], value)):
+                kept[slot] = None  # the slot's last context goes before the new one comes
+                kept[slot] = self._longer(new[n, : len(tokens)], columns)
+
+    def _longer(self, old, columns: int):
+        new = self._zeros(columns, self.kv_heads, self.head_dim)
+        new[: len(old)] = old
+        return new
+
+    def _open(self, slot, length, ends) -> None:
+        columns = torch.arange(self.keys[0][slot].shape[0], device=self.device)[None]
+        self.masks[slot] = self._zeros(len(ends), columns.shape[1]).masked_fill_(columns >= ends, -torch.inf)
+
+    def _reserve(self, slot: int, end: int) -> None:
+        """Room in a slot for columns up to `end`."""
+        before = self.masks[slot].shape[1]
+        if end <= before:
+            return
+        columns = round_up(max(end, before + before // 4), COLUMN_MULTIPLE)
+        for kept in (*self.keys, *self.values):
+            kept[slot] = self._longer(kept[slot], columns)
+        mask = self._closed(len(self.masks[slot]), columns)
+        mask[:, :before] = self.masks[slot]
+        self.masks[slot] = mask
+
+    @torch.inference_mode()
+    def step(self, rows: list[Row], drafts: list[list[int]] | None = None) -> list[list[int]]:
+        """Every row's next tokens: one, and one more for each token guessed for it (`drafts`) up to the first wrong guess. Guesses run
+        along and are kept only where the model itself says the same: greedy speculative decoding (Leviathan et al., 2022,
+        https://arxiv.org/abs/2211.17192). Rows of one slot must stand together."""
+        fed = [[row.token, *draft] for row, draft in zip(rows, drafts or [[]] * len(rows), strict=True)]
+        owners = [row for row, tokens in zip(rows, fed, strict=True) for _ in tokens]
+        spans, columns = self._spans(owners), []
+        for slot, start, stop in spans:
+            columns += range(self.used[slot], self.used[slot] + stop - start)
+            self._reserve(slot, columns[-1] + 1)
+        said = self._run(rows, fed, spans)
+        found, kept, start = [], [], 0
+        for row, tokens in zip(rows, fed, strict=True):
+            mine = said[start : start + len(tokens)]
+            right = next((n for n, token in enumerate(tokens[1:]) if token != mine[n]), len(tokens) - 1)
+            kept += range(start, start + right + 1)
+            found.append(mine[: right + 1])
+            row.token = mine[right]
+            row.made += right + 1
+            start += len(tokens)
+        # Columns of wrong guesses stay hidden, and the last of a slot are free again.
+        for n in kept:
+            self.masks[owners[n].slot][owners[n].turn, columns[n]] = 0
+            self.used[owners[n].slot] = columns[n] + 1
+        return found
+
+    def _run(self, rows: list[Row], fed: list[list[int]], spans) -> list[int]:
+        """The model's next token after each of the tokens fed."""
+        values = [
+            (row.turn, token, row.length + row.made - 1 + n)
+            for row, tokens in zip(rows, fed, strict=True)
+            for n, token in enumerate(tokens)
+        ]
+        turn, ids, positions = torch.tensor(values).to(self.device).unbind(1)
         work = []
-        for n, start, stop in spans:
-            mask = self.mask[n, 0, turn[start:stop], : self.used[n]]
-            work.append((n, start, stop, self.used[n], mask.repeat(self.group, 1)))
+        for slot, start, stop in spans:
+            begin, end = self.used[slot], self.used[slot] + stop - start
+            # A token sees its row's past, itself, and the guesses of its row that stand before it.
+            own = (turn[start:stop, None] == turn[None, start:stop]).tril()
+            mask = self.masks[slot][turn[start:stop], :end]
+            mask[:, begin:] = self._closed(*own.shape).masked_fill_(own, 0)
+            work.append((slot, start, stop, begin, end, mask.repeat(self.group, 1)))
 
         def attend(layer, query, key, value, scaling):
             mixed = torch.empty_like(query)
-            keys, values = self.cache[layer]
-            for n, start, stop, used, mask in work:
-                keys[n, used - (stop - start) : used] = key[0, :, start:stop].transpose(0, 1)
-                values[n, used - (stop - start) : used] = value[0, :, start:stop].transpose(0, 1)
+            for slot, start, stop, begin, end, mask in work:
+                keys, values = self.keys[layer][slot], self.values[layer][slot]
+                keys[begin:end] = key[0, :, start:stop].transpose(0, 1)
+                values[begin:end] = value[0, :, start:stop].transpose(0, 1)
                 # Query heads that share a key head stand as its rows: nothing is repeated in memory.
                 mine = query[:, :, start:stop].reshape(1, self.kv_heads, -1, self.head_dim)
-                seen = keys[n, :used].transpose(0, 1)[None], values[n, :used].transpose(0, 1)[None]
+                seen = keys[:end].transpose(0, 1)[None], values[:end].transpose(0, 1)[None]
                 out = F.scaled_dot_product_attention(mine, *seen, attn_mask=mask, scale=scaling)
                 mixed[:, :, start:stop] = out.view(1, self.heads, stop - start, self.head_dim)
             return mixed.transpose(1, 2)
 
         hidden = self._forward(ids[None], positions[None], attend)
-        return self.model.lm_head(hidden[0]).argmax(-1).tolist()
-
-    # ---- decode over static buffers
-
-    def _static_step(self, rows, columns):
-        count = next((n for n in ROW_BUCKETS if n >= len(rows)), round_up(len(rows), ROW_BUCKETS[-1]))
-        width = min(round_up(max(columns) + 1, COLUMN_BUCKET), self.columns)
-        if count not in self.buffers:
-            self.buffers[count] = self._zeros(5, count, dtype=torch.long), self._zeros(count, dtype=torch.long)
-        inputs, output = self.buffers[count]
-        host = torch.zeros(5, count, dtype=torch.long)  # what is left over are padding rows: slot 0, column 0
-        values = [(r.slot, r.turn, c, r.token, r.length + r.made - 1) for r, c in zip(rows, columns, strict=True)]
-        host[:, : len(rows)] = torch.tensor(values).T
-        inputs.copy_(host)
-        key = (count, width)
-        # The first step of a shape runs eagerly, which is the warm-up that a capture needs, and all that a shape seen once gets.
-        if self.captured and key in self.seen and key not in self.graphs:
-            self._capture(key)
-        if key in self.graphs:
-            self.graphs[key].replay()
-        else:
-            self._static_forward(*key)
-            self.seen.add(key)
-        return output[: len(rows)].tolist()
-
-    def _static_forward(self, count: int, width: int) -> None:
-        """One step for `count` rows over all slots' first `width` columns; reads and writes fixed buffers only."""
-        inputs, output = self.buffers[count]
-        slot, turn, column, ids, positions = inputs.unbind(0)
-        for group in range(self.group):
-            self.mask[:, group].index_put_((slot, turn, column), self.visible)
-        mask = self.mask[..., :width].reshape(self.count, 1, self.group * self.turns, width).expand(-1, self.kv_heads, -1, -1)
-        place = slot * self.turns + turn
-
-        def attend(layer, query, key, value, scaling):
-            keys, values = self.cache[layer]
-            keys.index_put_((slot, column), key[0].transpose(0, 1))
-            values.index_put_((slot, column), value[0].transpose(0, 1))
-            padded = query.new_zeros(self.count * self.turns, self.heads, self.head_dim)
-            padded.index_copy_(0, place, query[0].transpose(0, 1))
-            padded = padded.view(self.count, self.turns, self.kv_heads, self.group, self.head_dim).permute(0, 2, 3, 1, 4)
-            padded = padded.reshape(self.count, self.kv_heads, self.group * self.turns, self.head_dim)
-            seen = keys[:, :width].transpose(1, 2), values[:, :width].transpose(1, 2)
-            mixed = F.scaled_dot_product_attention(padded, *seen, attn_mask=mask, scale=scaling)
-            mixed = mixed.view(self.count, self.kv_heads, self.group, self.turns, self.head_dim).permute(0, 3, 1, 2, 4)
-            return mixed.reshape(self.count * self.turns, self.heads, self.head_dim).index_select(0, place)[None]
-
-        hidden = self._forward(ids[None], positions[None], attend)
-        output.copy_(self.model.lm_head(hidden[0]).argmax(-1))
-
-    def _capture(self, key) -> None:
-        """Record the step as a CUDA graph; a failure is kept with its reason, and steps run eagerly from then on."""
-        try:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                self._static_forward(*key)
-            self.graphs[key] = graph
-            self.captures += 1
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self.fallbacks.append(f"CUDA graph: {str(error).splitlines()[0]}")
-            self.captured = False
-            self.graphs.clear()
+        return self._likeliest(hidden[0]).tolist()

@@ -15,8 +15,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.coqa import utils as upstream
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import ROOT, coqa, slots
-from helpers.answers import Request, group_by_prefix
+from helpers import ROOT, coqa, slots, static_slots
+from helpers.answers import Request, group_by_prefix, guess
 from helpers.dialogue import HFDialogue
 
 TASKS = str(ROOT / "helpers" / "tasks")
@@ -225,14 +225,63 @@ def test_an_answer_that_never_ends_stops_at_max_gen_toks(tiny, tokenizer):
     assert max(len(tokens) for tokens in mine.generated) == 40
 
 
-def test_the_static_buffers_grow_and_the_answers_stay(tiny, tokenizer, monkeypatch):
-    monkeypatch.setattr(HFDialogue, "_columns", staticmethod(lambda groups, rows: groups[0].length + 1))
-    grown = []
-    monkeypatch.setattr(slots.Slots, "grow", lambda self, columns, grow=slots.Slots.grow: (grown.append(columns), grow(self, columns)))
-    for static in (False, True):
-        expected, found, _ = both(tiny, tokenizer, MIXED, max_gen_toks=60, options={"static": static})
-        assert found == expected
-    assert len(grown) >= 2
+@pytest.mark.parametrize("static", [False, True])
+def test_buffers_that_are_too_short_grow_and_the_answers_stay(static, tiny, tokenizer, monkeypatch):
+    for module in ("slots", "dialogue"):
+        monkeypatch.setattr(f"helpers.{module}.room", lambda turns: 1)
+    owner, name = (static_slots.StaticSlots, "repack") if static else (slots.PackedSlots, "_reserve")
+    widths, original = set(), getattr(owner, name)
+
+    def watched(self, *arguments):
+        found = original(self, *arguments)
+        widths.add(self.columns if static else self.masks[arguments[0]].shape[1])
+        return found
+
+    monkeypatch.setattr(owner, name, watched)
+    expected, found, _ = both(tiny, tokenizer, MIXED, max_gen_toks=60, options={"static": static})
+    assert found == expected and len(widths) > 2
+
+
+def test_slots_that_nothing_will_use_again_are_given_up(tiny, tokenizer, monkeypatch):
+    counts = []
+    monkeypatch.setattr(
+        static_slots.StaticSlots,
+        "repack",
+        lambda self, *given, repack=static_slots.StaticSlots.repack: (repack(self, *given), counts.append(self.count - 1))[0],
+    )
+    contexts = [f"{MIXED[n % 8]} {n}" for n in range(12)]
+    expected, found, _ = both(tiny, tokenizer, contexts, until=["e", "a"], max_gen_toks=40, options={"static": True})
+    assert found == expected
+    assert counts and max(counts) <= len(contexts) // 4
+
+
+# ---- guesses
+
+
+def test_a_guess_is_what_followed_before():
+    made = Request(0, "", {}, [5, 1, 2, 3, 9, 8, 7], 50, [], False, made=[1, 2, 3])
+    assert guess(made, 4) == [9, 8, 7, 1] and guess(made, 0) == []
+    circle = Request(0, "", {}, [9], 50, [], False, made=[4, 6, 4, 6, 4])
+    assert guess(circle, 5) == [6, 4, 6, 4, 6]
+    assert guess(Request(0, "", {}, [1, 2, 3, 4], 50, [], False), 3) == []
+
+
+def test_guesses_right_and_wrong_change_no_answer(tiny, tokenizer, monkeypatch):
+    endless = {"until": ["never this"], "max_gen_toks": 40}
+    expected, found, mine = both(tiny, tokenizer, MIXED, options={"max_slots": 2}, **endless)
+    assert found == expected
+    assert all(len(tokens) == 40 for tokens in mine.generated)
+    # A fortune teller: what the model is going to say, now and then with a mistake.
+    truth = {context: tokens for context, tokens in zip(MIXED, mine.generated, strict=True)}
+
+    def foretold(request, count):
+        rest = truth[request.context][len(request.made) :][: max(0, count)]
+        return [token + (n == 3) for n, token in enumerate(rest)]
+
+    monkeypatch.setattr("helpers.dialogue.guess", foretold)
+    _, again, told = both(tiny, tokenizer, MIXED, options={"max_slots": 2}, **endless)
+    assert again == expected and told.counts["guessed"] > told.counts["guessed_right"] > 20
+    assert told.counts["decode_steps"] < mine.counts["decode_steps"]
 
 
 class Script(HFDialogue):
@@ -352,13 +401,13 @@ def fail_at(monkeypatch, call: int, error: Exception) -> list:
     """Make the n-th decode step raise, once."""
     calls = []
 
-    def step(self, rows, step=slots.Slots.step):
+    def step(self, rows, drafts, step=slots.PackedSlots.step):
         calls.append(len(rows))
         if len(calls) == call:
             raise error
-        return step(self, rows)
+        return step(self, rows, drafts)
 
-    monkeypatch.setattr(slots.Slots, "step", step)
+    monkeypatch.setattr(slots.PackedSlots, "step", step)
     return calls
 
 
@@ -457,11 +506,11 @@ class Replay:
 def capturing(monkeypatch):
     """Static slots that believe they can capture."""
 
-    def begin(self, *arguments, begin=slots.Slots.__init__, **options):
+    def begin(self, *arguments, begin=static_slots.StaticSlots.__init__, **options):
         begin(self, *arguments, **options)
-        self.captured = self.static
+        self.captured = True
 
-    monkeypatch.setattr(slots.Slots, "__init__", begin)
+    monkeypatch.setattr(static_slots.StaticSlots, "__init__", begin)
 
 
 def test_a_replayed_step_needs_nothing_but_its_buffers(tiny, tokenizer, capturing, monkeypatch):
@@ -471,8 +520,8 @@ def test_a_replayed_step_needs_nothing_but_its_buffers(tiny, tokenizer, capturin
         captured.append(key)
         self.graphs[key] = Replay(lambda: self._static_forward(*key))
 
-    monkeypatch.setattr(slots.Slots, "_capture", capture)
-    monkeypatch.setattr(slots, "ROW_BUCKETS", (2, 4, 8))
+    monkeypatch.setattr(static_slots.StaticSlots, "_capture", capture)
+    monkeypatch.setattr(static_slots, "ROW_BUCKETS", (2, 4, 8))
     expected, found, _ = both(tiny, tokenizer, MIXED, options={"static": True, "max_slots": 3})
     assert found == expected
     assert len(captured) == len(set(captured)) > 1, "each shape is captured once"
@@ -487,8 +536,8 @@ def test_a_capture_that_fails_is_reported_and_the_step_runs_eagerly(tiny, tokeni
 
 
 def test_int8_with_a_threshold_is_never_captured(load, tiny):
-    assert "threshold 6.0" in slots.uncapturable(load("int8").model)
-    assert slots.uncapturable(tiny) is None and slots.uncapturable(load("nf4").model) is None
+    assert "threshold 6.0" in static_slots.uncapturable(load("int8").model)
+    assert static_slots.uncapturable(tiny) is None and static_slots.uncapturable(load("nf4").model) is None
 
 
 # ---- on a GPU

@@ -1,0 +1,167 @@
+"""Shared contexts over fixed buffers (see helpers.slots): a step in buckets of rows and columns, which a CUDA graph can hold."""
+
+import torch
+import torch.nn.functional as F
+
+from helpers.slots import COLUMN_MULTIPLE, Row, Slots, round_up
+
+COLUMN_BUCKET = 512
+ROW_BUCKETS = (16, 128, 1024)  # few, because capturing one costs as much as dozens of its steps
+
+
+class OutOfColumns(Exception):
+    """The buffers can't take another token; `StaticSlots.repack` makes room."""
+
+
+def uncapturable(model) -> str | None:
+    """Why a decode step can't be a CUDA graph, or None."""
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "state", None), "threshold", 0.0) > 0.0:
+            return f"LLM.int8() with threshold {module.state.threshold} synchronizes in every layer ({name})"
+    return None
+
+
+class StaticSlots(Slots):
+    """`slots` contexts of up to `columns` columns and `turns` rows each. Slot 0 is scratch: padding rows write there.
+
+    captured: steps run as CUDA graphs; `captures` counts them, `fallbacks` lists reasons why a step was not captured.
+    """
+
+    static = True
+    first = 1
+
+    def __init__(self, model, slots: int, turns: int, columns: int, captured: bool = False):
+        super().__init__(model, slots)
+        self.turns, self.columns = turns, round_up(columns, COLUMN_MULTIPLE)
+        self.captured = captured
+        if captured and (reason := uncapturable(model)):
+            self.fallbacks.append(reason)
+            self.captured = False
+        self.graphs: dict = {}
+        self.seen: set = set()
+        self.pool = None
+        # Zeros, not empty: a masked column has weight 0, and 0 times a leftover NaN would be NaN.
+        shape = (self.count, self.columns, self.kv_heads, self.head_dim)
+        self.cache = [tuple(self._zeros(*shape) for _ in range(2)) for _ in range(self.layers)]
+        self.mask = self._closed(self.count, self.group, turns, self.columns)
+        self.mask[0] = 0
+        self.visible = self._zeros()
+        self.buffers: dict = {}
+
+    def _store(self, layer, groups, slots, key, value) -> None:
+        index, longest = torch.tensor(slots, device=self.device), key.shape[1]
+        for cache, new in zip(self.cache[layer], (key, value), strict=True):
+            if len(slots) == 1:
+                cache[slots[0], :longest] = new[0]
+            else:
+                cache[index, :longest] = new
+
+    def _open(self, slot, length, ends) -> None:
+        columns = torch.arange(self.columns, device=self.device)[None]
+        self.mask[slot, :, : len(ends)] = self._zeros(len(ends), self.columns).masked_fill_(columns >= ends, -torch.inf)
+
+    def repack(self, keep: list[int], columns: int, rows: list[Row]) -> dict[int, int]:
+        """Keep these slots and no others, with room for `columns` columns; returns where each went, and tells its `rows`. Graphs are
+        captured anew."""
+        kept, columns = [*range(self.first), *keep], round_up(columns, COLUMN_MULTIPLE)
+        width = min(columns, self.columns)
+        # A memory pool is gone with the last of its graphs; a capture into it would fail.
+        self.graphs.clear()
+        self.seen.clear()
+        self.pool = None
+        for layer, pair in enumerate(self.cache):
+            moved = tuple(self._zeros(len(kept), columns, self.kv_heads, self.head_dim) for _ in pair)
+            for old, new in zip(pair, moved, strict=True):
+                for to, slot in enumerate(kept):
+                    new[to, :width] = old[slot, :width]
+            self.cache[layer] = moved
+            del pair
+        mask = self._closed(len(kept), *self.mask.shape[1:3], columns)
+        for to, slot in enumerate(kept):
+            mask[to, ..., :width] = self.mask[slot, ..., :width]
+        mask[0] = 0
+        self.mask = mask
+        self.used = [self.used[slot] for slot in kept]
+        self.count, self.columns = len(kept), columns
+        places = {slot: to for to, slot in enumerate(kept)}
+        for row in rows:
+            row.slot = places[row.slot]
+        return places
+
+    @torch.inference_mode()
+    def step(self, rows: list[Row], drafts: None = None) -> list[list[int]]:
+        """Every row's next token. Rows of one slot must stand together. Raises OutOfColumns before anything is changed."""
+        spans = self._spans(rows)
+        if max(self.used[slot] + stop - start for slot, start, stop in spans) > self.columns:
+            raise OutOfColumns
+        columns = [0] * len(rows)
+        for slot, start, stop in spans:
+            columns[start:stop] = range(self.used[slot], self.used[slot] + stop - start)
+            self.used[slot] += stop - start
+        tokens = self._static_step(rows, columns)
+        for row, token in zip(rows, tokens, strict=True):
+            row.token = token
+            row.made += 1
+        return [[token] for token in tokens]
+
+    def _static_step(self, rows, columns):
+        count = next((n for n in ROW_BUCKETS if n >= len(rows)), round_up(len(rows), ROW_BUCKETS[-1]))
+        width = min(round_up(max(columns) + 1, COLUMN_BUCKET), self.columns)
+        if count not in self.buffers:
+            self.buffers[count] = self._zeros(5, count, dtype=torch.long), self._zeros(count, dtype=torch.long)
+        inputs, output = self.buffers[count]
+        host = torch.zeros(5, count, dtype=torch.long)  # what is left over are padding rows: slot 0, column 0
+        values = [(r.slot, r.turn, c, r.token, r.length + r.made - 1) for r, c in zip(rows, columns, strict=True)]
+        host[:, : len(rows)] = torch.tensor(values).T
+        inputs.copy_(host)
+        key = (count, width)
+        # The first step of a shape runs eagerly, which is the warm-up that a capture needs, and all that a shape seen once gets.
+        if self.captured and key in self.seen and key not in self.graphs:
+            self._capture(key)
+        if key in self.graphs:
+            self.graphs[key].replay()
+        else:
+            self._static_forward(*key)
+            self.seen.add(key)
+        return output[: len(rows)].tolist()
+
+    def _static_forward(self, count: int, width: int) -> None:
+        """One step for `count` rows over all slots' first `width` columns; reads and writes fixed buffers only."""
+        inputs, output = self.buffers[count]
+        slot, turn, column, ids, positions = inputs.unbind(0)
+        for group in range(self.group):
+            self.mask[:, group].index_put_((slot, turn, column), self.visible)
+        mask = self.mask[..., :width].reshape(self.count, 1, self.group * self.turns, width).expand(-1, self.kv_heads, -1, -1)
+        place = slot * self.turns + turn
+
+        def attend(layer, query, key, value, scaling):
+            keys, values = self.cache[layer]
+            keys.index_put_((slot, column), key[0].transpose(0, 1))
+            values.index_put_((slot, column), value[0].transpose(0, 1))
+            padded = query.new_zeros(self.count * self.turns, self.heads, self.head_dim)
+            padded.index_copy_(0, place, query[0].transpose(0, 1))
+            padded = padded.view(self.count, self.turns, self.kv_heads, self.group, self.head_dim).permute(0, 2, 3, 1, 4)
+            padded = padded.reshape(self.count, self.kv_heads, self.group * self.turns, self.head_dim)
+            seen = keys[:, :width].transpose(1, 2), values[:, :width].transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(padded, *seen, attn_mask=mask, scale=scaling)
+            mixed = mixed.view(self.count, self.kv_heads, self.group, self.turns, self.head_dim).permute(0, 3, 1, 2, 4)
+            return mixed.reshape(self.count * self.turns, self.heads, self.head_dim).index_select(0, place)[None]
+
+        hidden = self._forward(ids[None], positions[None], attend)
+        output.copy_(self._likeliest(hidden[0]))
+
+    def _capture(self, key) -> None:
+        """Record the step as a CUDA graph; a failure is kept with its reason, and steps run eagerly from then on."""
+        try:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self._static_forward(*key)
+            self.graphs[key] = graph
+            self.captures += 1
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.fallbacks.append(f"CUDA graph: {str(error).splitlines()[0]}")
+            self.captured = False
+            self.graphs.clear()

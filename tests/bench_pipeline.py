@@ -3,6 +3,7 @@
 Run by `make bench-pipeline` on a quiet machine; writes executed/reference/bench_pipeline.json. Works in a copy without results.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -31,11 +32,9 @@ def timed(command: list[str], folder: Path) -> dict:
         nonlocal peak
         while not done.wait(0.25):
             total = 0
-            for one in [*psutil.Process(process.pid).children(recursive=True)]:
-                try:
+            for one in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
                     total += one.memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue
             peak = max(peak, total / 2**20)
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -48,7 +48,7 @@ def project(tmp_path, study) -> Path:
     (root / ".cache").symlink_to(CACHE)
     tiny = yaml.safe_load((ROOT / "params/smollm2-135m/study.yaml").read_text())
     tiny |= {"study": "tiny", "title": "Tiny", "statistics": {"resamples": 200, "redraws": 200}}
-    tiny["data"]["dialogues"] = 4
+    tiny["data"] |= {"dialogues": 5, "dialogues_on_cpu": 4}
     tiny["benchmark"]["cpu"] = TINY
     tiny["fidelity"] = {"dialogues": 2, "noise_seeds": [0], "block_sizes": [64]}
     (root / "params/tiny").mkdir()

@@ -44,14 +44,14 @@ HARMLESS = {
 INT32 = 2**31
 MAX_TURNS = 64  # rows over one context; a larger group is split
 CPU_SLOTS = 12
-GUESSED_TOKENS = 48  # in a step of fewer tokens, guesses fill it up: it costs little more
+CPU_GUESSED_TOKENS = 48  # guesses fill up a step of fewer tokens: it costs little more
 GUESSES = 15  # for one row
 CPU_ROWS = 128
 CPU_PREFILL_TOKENS = 1024
 CUDA_SLOTS = 64
 CUDA_ROWS = 1024
-CUDA_PREFILL_TOKENS = 8192  # enough to keep the GPU busy; more only takes memory
-FEW_SLOTS = 4  # a quarter of the slots or less
+CUDA_PREFILL_TOKENS = 16384  # enough to keep the GPU busy; more only takes memory
+CUDA_GUESSED_TOKENS = 128
 SLOTS_SHARE, ACTIVATIONS_SHARE = 0.6, 0.3  # of free memory
 
 
@@ -307,15 +307,12 @@ class HFDialogue(HFLM):
 
     def _decode(self, slots: Slots, active, queue, eos, answers, bar) -> None:
         with self._timed("decode"):
-            # A few long answers at the end: a step over fixed buffers costs what all slots cost, used or not.
-            if slots.static and not queue and len(active) <= (slots.count - slots.first) // FEW_SLOTS:
-                self._repack(slots, active, queue, slots.columns)
-            drafts = None if slots.static else self._drafts(active)
+            drafts = self._drafts(active)
             try:
                 found = slots.step(self._rows(active), drafts)
             except OutOfColumns:
                 self._repack(slots, active, queue, slots.columns + max(MAX_TURNS, slots.columns // 2))
-                found = slots.step(self._rows(active))
+                found = slots.step(self._rows(active), drafts)
         self.counts["decode_steps"] += 1
         self.counts["decode_tokens"] += sum(map(len, found))
         self._retire(active, sorted(active), found, eos, answers, bar)
@@ -323,7 +320,7 @@ class HFDialogue(HFLM):
     def _drafts(self, active) -> list[list[int]]:
         """Guesses for every row, as many as the step takes; after a wrong one, a row starts again with a single guess."""
         pairs = [pair for slot in sorted(active) for pair in active[slot]]
-        share = min(GUESSES, GUESSED_TOKENS // len(pairs) - 1)
+        share = min(GUESSES, (CUDA_GUESSED_TOKENS if self.device.type == "cuda" else CPU_GUESSED_TOKENS) // len(pairs) - 1)
         drafts = [guess(r, min(share, 1 + 2 * r.right, r.max_gen_toks - len(r.made) - 1)) for _, r in pairs]
         self.counts["guessed"] += sum(map(len, drafts))
         return drafts

@@ -1,11 +1,14 @@
 """Shared contexts over fixed buffers (see helpers.slots): a step in buckets of rows and columns, which a CUDA graph can hold."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from helpers.slots import COLUMN_MULTIPLE, Row, Slots, round_up
 
 COLUMN_BUCKET = 512
+LANES = 16  # of a slot at least: what its rows leave free is for their guesses
 ROW_BUCKETS = (16, 128, 1024)  # few, because capturing one costs as much as dozens of its steps
 
 
@@ -21,8 +24,19 @@ def uncapturable(model) -> str | None:
     return None
 
 
+class Place(NamedTuple):
+    """A token that a step runs, and where."""
+
+    slot: int
+    lane: int
+    column: int
+    token: int
+    position: int
+
+
 class StaticSlots(Slots):
-    """`slots` contexts of up to `columns` columns and `turns` rows each. Slot 0 is scratch: padding rows write there.
+    """`slots` contexts of up to `columns` columns and `turns` rows each. Slot 0 is scratch: padding rows write there. A slot has a *lane*
+    for each of its rows; a guessed token takes a free one.
 
     captured: steps run as CUDA graphs; `captures` counts them, `fallbacks` lists reasons why a step was not captured.
     """
@@ -32,7 +46,7 @@ class StaticSlots(Slots):
 
     def __init__(self, model, slots: int, turns: int, columns: int, captured: bool = False):
         super().__init__(model, slots)
-        self.turns, self.columns = turns, round_up(columns, COLUMN_MULTIPLE)
+        self.lanes, self.columns = max(turns, LANES), round_up(columns, COLUMN_MULTIPLE)
         self.captured = captured
         if captured and (reason := uncapturable(model)):
             self.fallbacks.append(reason)
@@ -43,7 +57,7 @@ class StaticSlots(Slots):
         # Zeros, not empty: a masked column has weight 0, and 0 times a leftover NaN would be NaN.
         shape = (self.count, self.columns, self.kv_heads, self.head_dim)
         self.cache = [tuple(self._zeros(*shape) for _ in range(2)) for _ in range(self.layers)]
-        self.mask = self._closed(self.count, self.group, turns, self.columns)
+        self.mask = self._closed(self.count, self.group, self.lanes, self.columns)
         self.mask[0] = 0
         self.visible = self._zeros()
         self.buffers: dict = {}
@@ -89,30 +103,61 @@ class StaticSlots(Slots):
         return places
 
     @torch.inference_mode()
-    def step(self, rows: list[Row], drafts: None = None) -> list[list[int]]:
-        """Every row's next token. Rows of one slot must stand together. Raises OutOfColumns before anything is changed."""
-        spans = self._spans(rows)
-        if max(self.used[slot] + stop - start for slot, start, stop in spans) > self.columns:
+    def step(self, rows: list[Row], drafts: list[list[int]] | None = None) -> list[list[int]]:
+        """As PackedSlots.step, with as many guesses as lanes are free. Raises OutOfColumns before anything is changed."""
+        parts, end = self._places(rows, drafts or [[]] * len(rows))
+        if max(end) > self.columns:
             raise OutOfColumns
-        columns = [0] * len(rows)
-        for slot, start, stop in spans:
-            columns[start:stop] = range(self.used[slot], self.used[slot] + stop - start)
-            self.used[slot] += stop - start
-        tokens = self._static_step(rows, columns)
-        for row, token in zip(rows, tokens, strict=True):
-            row.token = token
-            row.made += 1
-        return [[token] for token in tokens]
+        self._lend(parts)
+        said, found, kept = iter(self._static_step([place for part in parts for place in part])), [], []
+        for row, part in zip(rows, parts, strict=True):
+            tokens = [next(said) for _ in part]
+            right = next((n for n, place in enumerate(part[1:]) if place.token != tokens[n]), len(part) - 1)
+            found.append(tokens[: right + 1])
+            row.token = tokens[right]
+            row.made += right + 1
+            kept += [(row.slot, row.turn, place.column) for place in part[1 : right + 1]]
+            self.used[row.slot] = max(self.used[row.slot], part[right].column + 1)
+        self._show(kept)
+        return found
 
-    def _static_step(self, rows, columns):
-        count = next((n for n in ROW_BUCKETS if n >= len(rows)), round_up(len(rows), ROW_BUCKETS[-1]))
-        width = min(round_up(max(columns) + 1, COLUMN_BUCKET), self.columns)
+    def _places(self, rows: list[Row], drafts: list[list[int]]) -> tuple[list[list[Place]], list[int]]:
+        """For every row where its token and its guesses go; and the columns that every slot then has."""
+        taken = {(row.slot, row.turn) for row in rows}
+        free = {row.slot: [lane for lane in range(self.lanes) if (row.slot, lane) not in taken] for row in rows}
+        parts, end = [], self.used.copy()
+        for row, draft in zip(rows, drafts, strict=True):
+            lanes = [row.turn, *(free[row.slot].pop() for _ in draft[: len(free[row.slot])])]
+            part = []
+            for n, (lane, token) in enumerate(zip(lanes, [row.token, *draft], strict=False)):
+                part.append(Place(row.slot, lane, end[row.slot] + n, token, row.length + row.made - 1 + n))
+            end[row.slot] += len(part)
+            parts.append(part)
+        return parts, end
+
+    def _lend(self, parts: list[list[Place]]) -> None:
+        """Let the lanes of guesses see what their row sees, and the tokens of their row that stand before them."""
+        pairs = [(part[0].slot, part[0].lane, place.lane) for part in parts for place in part[1:]]
+        if pairs:
+            slot, own, lent = torch.tensor(pairs).to(self.device).unbind(1)
+            self.mask[slot, :, lent] = self.mask[slot, :, own]
+        self._show([(p.slot, p.lane, before.column) for part in parts for n, p in enumerate(part) for before in part[:n]])
+
+    def _show(self, places: list[tuple[int, int, int]]) -> None:
+        """Make columns visible: (slot, lane, column)."""
+        if places:
+            where = torch.tensor(places).to(self.device).unbind(1)
+            for group in range(self.group):
+                self.mask[:, group].index_put_(where, self.visible)
+
+    def _static_step(self, places: list[Place]) -> list[int]:
+        count = next((n for n in ROW_BUCKETS if n >= len(places)), round_up(len(places), ROW_BUCKETS[-1]))
+        width = min(round_up(max(p.column for p in places) + 1, COLUMN_BUCKET), self.columns)
         if count not in self.buffers:
             self.buffers[count] = self._zeros(5, count, dtype=torch.long), self._zeros(count, dtype=torch.long)
         inputs, output = self.buffers[count]
         host = torch.zeros(5, count, dtype=torch.long)  # what is left over are padding rows: slot 0, column 0
-        values = [(r.slot, r.turn, c, r.token, r.length + r.made - 1) for r, c in zip(rows, columns, strict=True)]
-        host[:, : len(rows)] = torch.tensor(values).T
+        host[:, : len(places)] = torch.tensor(places).T
         inputs.copy_(host)
         key = (count, width)
         # The first step of a shape runs eagerly, which is the warm-up that a capture needs, and all that a shape seen once gets.
@@ -123,29 +168,29 @@ class StaticSlots(Slots):
         else:
             self._static_forward(*key)
             self.seen.add(key)
-        return output[: len(rows)].tolist()
+        return output[: len(places)].tolist()
 
     def _static_forward(self, count: int, width: int) -> None:
         """One step for `count` rows over all slots' first `width` columns; reads and writes fixed buffers only."""
         inputs, output = self.buffers[count]
-        slot, turn, column, ids, positions = inputs.unbind(0)
+        slot, lane, column, ids, positions = inputs.unbind(0)
         for group in range(self.group):
-            self.mask[:, group].index_put_((slot, turn, column), self.visible)
-        mask = self.mask[..., :width].reshape(self.count, 1, self.group * self.turns, width).expand(-1, self.kv_heads, -1, -1)
-        place = slot * self.turns + turn
+            self.mask[:, group].index_put_((slot, lane, column), self.visible)
+        mask = self.mask[..., :width].reshape(self.count, 1, self.group * self.lanes, width).expand(-1, self.kv_heads, -1, -1)
+        place = slot * self.lanes + lane
 
         def attend(layer, query, key, value, scaling):
             keys, values = self.cache[layer]
             keys.index_put_((slot, column), key[0].transpose(0, 1))
             values.index_put_((slot, column), value[0].transpose(0, 1))
-            padded = query.new_zeros(self.count * self.turns, self.heads, self.head_dim)
+            padded = query.new_zeros(self.count * self.lanes, self.heads, self.head_dim)
             padded.index_copy_(0, place, query[0].transpose(0, 1))
-            padded = padded.view(self.count, self.turns, self.kv_heads, self.group, self.head_dim).permute(0, 2, 3, 1, 4)
-            padded = padded.reshape(self.count, self.kv_heads, self.group * self.turns, self.head_dim)
+            padded = padded.view(self.count, self.lanes, self.kv_heads, self.group, self.head_dim).permute(0, 2, 3, 1, 4)
+            padded = padded.reshape(self.count, self.kv_heads, self.group * self.lanes, self.head_dim)
             seen = keys[:, :width].transpose(1, 2), values[:, :width].transpose(1, 2)
             mixed = F.scaled_dot_product_attention(padded, *seen, attn_mask=mask, scale=scaling)
-            mixed = mixed.view(self.count, self.kv_heads, self.group, self.turns, self.head_dim).permute(0, 3, 1, 2, 4)
-            return mixed.reshape(self.count * self.turns, self.heads, self.head_dim).index_select(0, place)[None]
+            mixed = mixed.view(self.count, self.kv_heads, self.group, self.lanes, self.head_dim).permute(0, 3, 1, 2, 4)
+            return mixed.reshape(self.count * self.lanes, self.heads, self.head_dim).index_select(0, place)[None]
 
         hidden = self._forward(ids[None], positions[None], attend)
         output.copy_(self._likeliest(hidden[0]))

@@ -230,13 +230,13 @@ def main() -> None:
     parser.add_argument("--study", default="smollm2-135m")
     parser.add_argument("--limit", type=int, default=20, help="dialogues")
     parser.add_argument("--configurations", nargs="*", help="default: all of the study's")
-    parser.add_argument("--stock-batch-sizes", nargs="+", type=int, help="default: 1 8 on a CPU, 8 32 64 on a GPU")
+    parser.add_argument("--stock-batch-sizes", nargs="+", type=int, help="default: 1 8 on a CPU, 1 8 32 64 on a GPU")
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     study = params.read_study(given.study)
     if study.data is None:
         raise StudyError(f"study {given.study} has no dialogues; choose one that has")
-    sizes = given.stock_batch_sizes or ([8, 32, 64] if torch.cuda.is_available() else [1, 8])
+    sizes = given.stock_batch_sizes or ([1, 8, 32, 64] if torch.cuda.is_available() else [1, 8])
     target = results.folder(study) / "bench_eval.json"
     found = {}
     for name in given.configurations or params.configurations(given.study):

@@ -243,16 +243,25 @@ def test_buffers_that_are_too_short_grow_and_the_answers_stay(static, tiny, toke
 
 
 def test_slots_that_nothing_will_use_again_are_given_up(tiny, tokenizer, monkeypatch):
+    monkeypatch.setattr("helpers.dialogue.room", lambda turns: 1)
     counts = []
-    monkeypatch.setattr(
-        static_slots.StaticSlots,
-        "repack",
-        lambda self, *given, repack=static_slots.StaticSlots.repack: (repack(self, *given), counts.append(self.count - 1))[0],
-    )
-    contexts = [f"{MIXED[n % 8]} {n}" for n in range(12)]
-    expected, found, _ = both(tiny, tokenizer, contexts, until=["e", "a"], max_gen_toks=40, options={"static": True})
-    assert found == expected
-    assert counts and max(counts) <= len(contexts) // 4
+
+    def watched(self, *arguments, repack=static_slots.StaticSlots.repack):
+        counts.append(self.count)
+        return repack(self, *arguments)
+
+    monkeypatch.setattr(static_slots.StaticSlots, "repack", watched)
+
+    def asked() -> list[Instance]:
+        found = requests([f"{MIXED[n % 8]} {n}" for n in range(12)], until=["never this"])
+        for n, one in enumerate(found):
+            one.arguments[1]["max_gen_toks"] = 200 if n < 2 else 4
+        return found
+
+    stock = HFLM(pretrained=tiny, tokenizer=tokenizer, batch_size=1).generate_until(asked(), disable_tqdm=True)
+    mine = HFDialogue(pretrained=tiny, tokenizer=tokenizer, static=True)
+    assert mine.generate_until(asked(), disable_tqdm=True) == stock
+    assert len(counts) > 1 and counts[-1] < counts[0] == 13
 
 
 # ---- guesses
@@ -266,11 +275,12 @@ def test_a_guess_is_what_followed_before():
     assert guess(Request(0, "", {}, [1, 2, 3, 4], 50, [], False), 3) == []
 
 
-def test_guesses_right_and_wrong_change_no_answer(tiny, tokenizer, monkeypatch):
+@pytest.mark.parametrize("static", [False, True])
+def test_guesses_right_and_wrong_change_no_answer(static, tiny, tokenizer, monkeypatch):
     endless = {"until": ["never this"], "max_gen_toks": 40}
-    expected, found, mine = both(tiny, tokenizer, MIXED, options={"max_slots": 2}, **endless)
-    assert found == expected
-    assert all(len(tokens) == 40 for tokens in mine.generated)
+    options = {"max_slots": 2, "static": static}
+    expected, found, mine = both(tiny, tokenizer, MIXED, options=options, **endless)
+    assert found == expected and all(len(tokens) == 40 for tokens in mine.generated)
     # A fortune teller: what the model is going to say, now and then with a mistake.
     truth = {context: tokens for context, tokens in zip(MIXED, mine.generated, strict=True)}
 
@@ -279,7 +289,7 @@ def test_guesses_right_and_wrong_change_no_answer(tiny, tokenizer, monkeypatch):
         return [token + (n == 3) for n, token in enumerate(rest)]
 
     monkeypatch.setattr("helpers.dialogue.guess", foretold)
-    _, again, told = both(tiny, tokenizer, MIXED, options={"max_slots": 2}, **endless)
+    _, again, told = both(tiny, tokenizer, MIXED, options=options, **endless)
     assert again == expected and told.counts["guessed"] > told.counts["guessed_right"] > 20
     assert told.counts["decode_steps"] < mine.counts["decode_steps"]
 

@@ -116,7 +116,7 @@ new-study: $(ENV) ## write params/STUDY for another model: make new-study MODEL=
 
 # ---- work on it ----
 
-.PHONY: lab test lint clean readme bench-pipeline bench-eval bench-statistics
+.PHONY: lab test lint clean readme bench-pipeline bench-eval bench-peer bench-statistics
 lab: $(ENV) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks/04_analysis.ipynb
 
@@ -135,6 +135,9 @@ bench-pipeline: $(ENV) ## time make run-all and make test, with peak memory, int
 
 bench-eval: $(ENV) ## hf-dialogue against stock lm-eval, side by side (LIMIT=dialogues)
 	$(PY) tests/bench_eval.py --study $(STUDY) --limit $(or $(LIMIT),20)
+
+bench-peer: $(ENV) ## prefill and decode beside optimum-benchmark's (pip install optimum-benchmark==0.6.0)
+	$(PY) tests/bench_peer.py --study $(STUDY)
 
 bench-statistics: $(ENV) ## simulate the coverage of intervals and the level of tests
 	$(PY) tests/bench_statistics.py

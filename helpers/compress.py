@@ -64,7 +64,8 @@ def ingredients(configuration: Configuration, weights: str, calibrated: dict, de
         "weights": weights,
         "recipe": configuration.quantization.model_dump(),
         "calibration": calibrated["sha256"],
-        "computed_in": f"{dtype} on {device.type}",
+        "computed_in": f"{arithmetic(configuration.quantization.method, dtype)} on {device.type}",
+        "stored_in": str(stored(dtype)),
         "versions": {p: metadata.version(p) for p in PACKAGES},
     }
 
@@ -122,13 +123,19 @@ def _quiet():
         yield
 
 
+def arithmetic(method: str, dtype: torch.dtype) -> torch.dtype:
+    """What a method computes in. AWQ's search multiplies weights by trial scales, which overflowed float16 on a GPU (SmolLM2-135M: no
+    finite loss in any trial), so it gets float32."""
+    return torch.float32 if method == "awq" else dtype
+
+
 def _quantize(source: str, target: Path, options, ids: list[list[int]], dtype: torch.dtype) -> float:
-    """Quantize `source` into `target`; returns seconds, loading and saving left out."""
+    """Quantize `source` into `target`, for a model that computes in `dtype`; returns seconds, loading and saving left out."""
     with _quiet():
         from llmcompressor import oneshot
 
         # Not on a device: llm-compressor moves one layer at a time to the GPU, if there is one.
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=arithmetic(options.method, dtype))
         batches = [{"input_ids": torch.tensor([i]), "attention_mask": torch.ones(1, len(i), dtype=torch.long)} for i in ids]
         loader = torch.utils.data.DataLoader(batches, batch_size=None)
         start = time.perf_counter()
@@ -136,11 +143,14 @@ def _quantize(source: str, target: Path, options, ids: list[list[int]], dtype: t
             # It wants a tokenizer even where the samples are token ids already, and does nothing with it.
             oneshot(model=model, processor=object(), dataset=loader, recipe=_recipe(options), num_calibration_samples=len(ids))
         seconds = time.perf_counter() - start
-        if dtype == torch.float32:
-            # As such checkpoints are published: scales, embeddings and norms in 16 bits, whatever the arithmetic here.
-            model.to(torch.float16)
+        model.to(stored(dtype))
         model.save_pretrained(target, save_compressed=True)
     return seconds
+
+
+def stored(dtype: torch.dtype) -> torch.dtype:
+    """Of what a checkpoint does not quantize: as such checkpoints are published, 16 bits, whatever the arithmetic here."""
+    return torch.float16 if dtype == torch.float32 else dtype
 
 
 def quantized(
@@ -167,7 +177,7 @@ def quantized(
             record = {
                 "quantize_seconds": seconds,
                 "checkpoint_bytes": sum(p.stat().st_size for p in target.glob("*.safetensors")),
-                "checkpoint_dtype": str(torch.float16 if dtype == torch.float32 else dtype).removeprefix("torch."),
+                "checkpoint_dtype": str(stored(dtype)).removeprefix("torch."),
                 "calibration": calibrated,
                 "ingredients": parts,
             }

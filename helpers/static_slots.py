@@ -9,7 +9,7 @@ from helpers.slots import COLUMN_MULTIPLE, Row, Slots, round_up
 
 COLUMN_BUCKET = 512
 LANES = 16  # of a slot at least: what its rows leave free is for their guesses
-ROW_BUCKETS = (16, 128, 1024)  # few, because capturing one costs as much as dozens of its steps
+ROW_BUCKETS = (128, 1024)  # few, because capturing one costs as much as dozens of its steps
 
 
 class OutOfColumns(Exception):

@@ -20,6 +20,7 @@ Weights that were quantized before (the embedded model's: Q4_1, 16 values in a b
 weights; a format whose grid falls on theirs is flattered (an asymmetric 4-bit one most), and Lloyd-Max finds a local optimum only.
 """
 
+import contextlib
 import math
 import re
 import time
@@ -67,7 +68,8 @@ def dequantize(module: torch.nn.Module) -> torch.Tensor:
         values = module.state.CB if module.state.CB is not None else weight.data
         return functional.int8_vectorwise_dequant(values, scales)
     if hasattr(weight, "dequantize") and hasattr(weight, "__tensor_flatten__"):  # torchao: a wrapper that says it is floating point
-        return weight.detach().dequantize()
+        with contextlib.suppress(NotImplementedError):  # int4 in tinygemm's layout can only be multiplied with
+            return weight.detach().dequantize()
     if type(module) is torch.nn.Linear and not hasattr(weight, "__tensor_flatten__") and torch.is_floating_point(weight):
         return weight.detach()
     held = [*module.parameters(), *module.buffers()]

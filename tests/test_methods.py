@@ -181,14 +181,14 @@ def test_group_size_that_does_not_divide(study):
 
 PARTS = {
     "weights": "w", "recipe": {"method": "gptq", "group_size": 64}, "calibration": "c", "computed_in": "torch.float32 on cpu",
-    "versions": {"torch": "1", "llmcompressor": "2"},
+    "stored_in": "torch.float16", "versions": {"torch": "1", "llmcompressor": "2"},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "change",
     [{"weights": "v"}, {"recipe": {"method": "gptq", "group_size": 32}}, {"calibration": "d"}, {"computed_in": "torch.float16 on cuda"},
-     {"versions": {"torch": "1", "llmcompressor": "3"}}],
+     {"stored_in": "torch.bfloat16"}, {"versions": {"torch": "1", "llmcompressor": "3"}}],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_key_changes_with_each_ingredient(change):
@@ -201,6 +201,14 @@ def test_ingredients_hold_what_the_weights_depend_on(monkeypatch):
     wanted = configuration("awq", grid_points=7)
     parts = compress.ingredients(wanted, "w", {"sha256": "c"}, torch.device("cpu"), torch.float32)
     assert set(parts) == set(PARTS) and parts["recipe"]["grid_points"] == 7 and parts["versions"]["llmcompressor"] == "llmcompressor 1"
+
+
+def test_awq_searches_in_float32_and_what_it_leaves_is_stored_in_16_bits(monkeypatch):
+    monkeypatch.setattr(compress.metadata, "version", lambda package: "1")
+    found = compress.ingredients(configuration("awq"), "w", {"sha256": "c"}, torch.device("cuda"), torch.bfloat16)
+    assert found["computed_in"] == "torch.float32 on cuda" and found["stored_in"] == "torch.bfloat16"
+    found = compress.ingredients(configuration("gptq"), "w", {"sha256": "c"}, torch.device("cuda"), torch.float16)
+    assert found["computed_in"] == "torch.float16 on cuda"
 
 
 def test_weights_key_is_the_commit_or_the_content(tmp_path):

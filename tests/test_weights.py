@@ -89,6 +89,18 @@ def test_an_unknown_layer_is_asked_for_the_image_of_the_identity():
     torch.testing.assert_close(weights.dequantize(layer), (weight * 10).round() / 10)
 
 
+def test_a_packed_weight_without_dequantization_is_asked_for_the_image_of_the_identity():
+    layer = torch.nn.Linear(8, 4, bias=True)
+    weight = layer.weight.detach().clone()
+
+    def dequantize():
+        raise NotImplementedError("aten.dequantize")
+
+    layer.weight.__tensor_flatten__ = lambda: None
+    layer.weight.dequantize = dequantize
+    torch.testing.assert_close(weights.dequantize(layer), weight)
+
+
 def test_the_identity_agrees_with_bitsandbytes(load):
     """Whether or not the forward pass repacks the layer for this CPU: then the difference is bfloat16's."""
     layer = load("nf4").model.model.layers[0].self_attn.k_proj

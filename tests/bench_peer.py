@@ -1,0 +1,93 @@
+"""Prefill and decode by optimum-benchmark and by helpers.throughput, in turn, in one process, on the same weights.
+
+Run by `make bench-peer STUDY=...` where optimum-benchmark is installed (`pip install optimum-benchmark==0.6.0`; it is not among the
+requirements); writes executed/STUDY/bench_peer.json. Both time transformers' eager `generate` at batch 1: prefill is the time to the
+first token, decode the time per output token after it. The two take turns, so that a machine that changes its pace favours neither. They
+should agree within 5%.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from helpers import StudyError, models, params, results, throughput  # noqa: E402
+
+NAME = "fp16"
+WITHIN = 0.05
+
+
+def ours(loaded, sizes, tokens: int, seed: int) -> tuple[list[float], list[float]]:
+    """Samples of prefill (ms) and decode (ms per token)."""
+    ids = throughput.prompt(loaded.model, 1, sizes.prompt_tokens, seed)
+    runs = [throughput.clocked(loaded.model, ids, tokens) for _ in range(sizes.warmup + sizes.repeats)][sizes.warmup :]
+    return [r.first_ms for r in runs], [r.ms_per_token for r in runs]
+
+
+def theirs(folder: str, loaded, sizes, tokens: int) -> tuple[list[float], list[float]]:
+    """The same by optimum-benchmark, which loads the weights itself."""
+    import transformers
+
+    # optimum-benchmark 0.6.0 asks for a name that transformers 5 no longer exports; it tells tokenizers by it.
+    transformers.SpecialTokensMixin = transformers.PreTrainedTokenizerBase
+    from optimum_benchmark import Benchmark, BenchmarkConfig, InferenceConfig, InlineConfig, PyTorchConfig
+
+    config = BenchmarkConfig(
+        name="peer",
+        launcher=InlineConfig(),
+        scenario=InferenceConfig(
+            iterations=sizes.repeats,
+            duration=0,
+            warmup_runs=sizes.warmup,
+            input_shapes={"batch_size": 1, "sequence_length": sizes.prompt_tokens},
+            generate_kwargs={"max_new_tokens": tokens, "min_new_tokens": tokens},
+        ),
+        backend=PyTorchConfig(
+            model=folder, device=loaded.info["device"], torch_dtype=loaded.info["dtype"], task="text-generation", no_weights=False
+        ),
+    )
+    report = Benchmark.launch(config)
+    return [1e3 * s for s in report.prefill.latency.values], [1e3 * s / (tokens - 1) for s in report.decode.latency.values]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--study", default="smollm2-135m")
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    try:
+        import optimum_benchmark  # noqa: F401
+    except ImportError:
+        raise StudyError("optimum-benchmark is not installed; `pip install optimum-benchmark==0.6.0` into this environment") from None
+    logging.disable(logging.WARNING)
+    study, configuration = params.read_study(given.study), params.read_configuration(given.study, NAME)
+    loaded, folder = models.load(study, configuration), models.prepare(study)
+    sizes = getattr(study.benchmark, loaded.info["device"])
+    rounds = []
+    for _ in range(given.rounds):
+        for who, (prefill, decode) in (
+            ("peer", theirs(folder, loaded, sizes, sizes.decode_tokens)),
+            ("ours", ours(loaded, sizes, sizes.decode_tokens, study.seed)),
+        ):
+            rounds.append({"by": who, "prefill_ms": prefill, "decode_ms_per_token": decode})
+            print(who, {k: round(statistics.median(v), 3) for k, v in rounds[-1].items() if k != "by"}, flush=True)
+    found = {"rounds": rounds, "tokens": sizes.decode_tokens, "prompt_tokens": sizes.prompt_tokens, "ratio": {}}
+    for key in ("prefill_ms", "decode_ms_per_token"):
+        medians = {who: statistics.median(x for r in rounds if r["by"] == who for x in r[key]) for who in ("ours", "peer")}
+        found["ratio"][key] = medians["ours"] / medians["peer"]
+        print(f"{key}: ours {medians['ours']:.2f}, optimum-benchmark {medians['peer']:.2f}, ratio {found['ratio'][key]:.3f}")
+    target = results.folder(study) / "bench_peer.json"
+    results.write_json(target, {"provenance": results.provenance(study, configuration)} | found)
+    print(f"wrote {target.relative_to(ROOT)}")
+    sys.exit(any(abs(r - 1) > WITHIN for r in found["ratio"].values()))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except StudyError as error:
+        raise SystemExit(str(error)) from None

@@ -19,13 +19,13 @@ accuracy and checkpoint are 4-bit, their memory and speed are not; vLLM, for one
 
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
-
-import torch
-from transformers import BitsAndBytesConfig, TorchAoConfig
+from typing import TYPE_CHECKING, NamedTuple
 
 from helpers import NotHere, StudyError
 from helpers.params import Configuration
+
+if TYPE_CHECKING:  # imported where needed: that a package is missing shows without these, in no time
+    import torch
 
 INSTALL = "run `make setup METHODS=all`"
 
@@ -41,6 +41,8 @@ class Method(NamedTuple):
 
 
 def _bitsandbytes4(options, dtype):
+    from transformers import BitsAndBytesConfig
+
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=options.quant_type,
@@ -50,11 +52,14 @@ def _bitsandbytes4(options, dtype):
 
 
 def _bitsandbytes8(options, dtype):
+    from transformers import BitsAndBytesConfig
+
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=options.threshold)
 
 
 def _float8(options, dtype):
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
+    from transformers import TorchAoConfig
 
     # torchao would otherwise tune torch.compile for this configuration and not for those it is compared with.
     if options.activations == "dynamic":
@@ -64,6 +69,7 @@ def _float8(options, dtype):
 
 def _int4(options, dtype):
     from torchao.quantization import Int4WeightOnlyConfig
+    from transformers import TorchAoConfig
 
     return TorchAoConfig(
         Int4WeightOnlyConfig(group_size=options.group_size, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
@@ -120,17 +126,17 @@ def require(configuration: Configuration) -> None:
     """Raises NotHere if this machine lacks a package or the hardware, StudyError if the configuration asks for a type its kernel lacks."""
     name, options = configuration.configuration, configuration.quantization
     method = METHODS[options.method]
-    needed = method.capability(options)
-    if needed and not torch.cuda.is_available():
-        raise NotHere(f"{name}: {options.method} needs a GPU of compute capability {_dotted(needed)} or more, and there is no GPU here")
-    if needed and torch.cuda.get_device_capability() < needed:
-        raise NotHere(
-            f"{name}: {options.method} needs a GPU of compute capability {_dotted(needed)} or more, and {torch.cuda.get_device_name()} "
-            f"has {_dotted(torch.cuda.get_device_capability())}"
-        )
     missing = [p for p in method.packages if importlib.util.find_spec(p) is None]
     if missing:
         raise NotHere(f"{name}: {options.method} needs {' and '.join(missing)}, not installed here; {INSTALL}")
+    if needed := method.capability(options):
+        import torch
+
+        wanted = f"{name}: {options.method} needs a GPU of compute capability {_dotted(needed)} or more"
+        if not torch.cuda.is_available():
+            raise NotHere(f"{wanted}, and there is no GPU here")
+        if torch.cuda.get_device_capability() < needed:
+            raise NotHere(f"{wanted}, and {torch.cuda.get_device_name()} has {_dotted(torch.cuda.get_device_capability())}")
     if method.dtype and configuration.dtype != method.dtype:
         raise StudyError(f"{name}: dtype is {configuration.dtype}, but {options.method} has a kernel for {method.dtype} alone; write that")
 
@@ -139,16 +145,20 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def is_quantized(module: torch.nn.Module) -> bool:
+def is_quantized(module: "torch.nn.Module") -> bool:
     """A linear layer that is not plain: another class (bitsandbytes), another kind of weight (torchao), or unpacked from a checkpoint."""
+    import torch
+
     if not isinstance(module, torch.nn.Linear):
         return False
     return type(module) is not torch.nn.Linear or hasattr(module.weight, "__tensor_flatten__") or hasattr(module, "quantization_scheme")
 
 
-def make_plain(model: torch.nn.Module) -> None:
+def make_plain(model: "torch.nn.Module") -> None:
     """Take compressed-tensors' wrapper off layers that are unpacked: their weights are final, and the wrapper's Python and the scales that
     it keeps would be counted as time and memory. `quantization_scheme` stays, and tells such a layer (`is_quantized`)."""
+    import torch
+
     for module in model.modules():
         if hasattr(module, "quantization_scheme") and isinstance(module, torch.nn.Linear):
             if "weight" not in module._parameters:

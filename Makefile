@@ -30,7 +30,7 @@ WEIGHTS := $(COMMON) $(call h,models methods compress calibration hub coqa memor
 EVALUATE := $(WEIGHTS) $(call h,evaluation dialogue slots static_slots answers) $(wildcard helpers/tasks/*.* helpers/tasks/dialogues/*)
 BENCHMARK := $(WEIGHTS) $(call h,benchmark capacity decode device int8_limit roofline throughput timing weights codebooks)
 FIDELITY := $(EVALUATE) $(call h,fidelity divergence weights codebooks noise sensitivity statistics)
-ANALYSIS := $(COMMON) params/paper.yaml $(call h,analysis claims evidence report statistics redraw) $(wildcard helpers/figures*.py helpers/diagrams.py)
+ANALYSIS := $(COMMON) params/paper.yaml $(call h,analysis claims evidence statistics redraw) $(wildcard helpers/report*.py helpers/figures*.py helpers/diagrams.py)
 STUDY_FILE := params/$(STUDY)/study.yaml
 NB = $(PY) -m helpers.notebook
 
@@ -92,7 +92,7 @@ endif
 $(OUT)/00_setup.ipynb: notebooks/00_setup.ipynb $(STUDY_FILE) $(WEIGHTS) | $(ENV)
 	@$(NB) run notebooks/00_setup.ipynb $@ -f $(STUDY_FILE)
 
-RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark.json $(OUT)/*/fidelity.json)
+RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark.json $(OUT)/*/fidelity.json $(OUT)/bench_eval.json)
 
 report: $(OUT)/report.html ## render the report from the results that are there
 

@@ -15,7 +15,7 @@
 | `weights`, `codebooks`, `sensitivity`, `noise` | what formats do to weights, the best levels, one block at a time, Gaussian noise |
 | `statistics`, `redraw` | paired, clustered comparisons; the paper's 50 questions, drawn again |
 | `analysis`, `claims`, `evidence` | all numbers of the report; the paper's claims, and where they find their numbers |
-| `report` | tables and sentences, and the findings in README.md |
+| `report`, `report_*` | tables and sentences, and the findings in README.md |
 | `figures`, `figures_*`, `diagrams` | every figure |
 """
 

@@ -4,6 +4,7 @@
 04_analysis saves as executed/STUDY/analysis.json. Nothing is measured here.
 """
 
+import json
 from collections import Counter
 from typing import NamedTuple
 
@@ -196,6 +197,26 @@ def _examples(joined: Answers, full: str | None, limit: int = 8) -> list[dict]:
     return rows
 
 
+def _stock(study: Study) -> dict:
+    """What bench-eval measured of stock lm-eval and hf-dialogue on every turn, by configuration; empty where it was not run."""
+    path = results.folder(study) / "bench_eval.json"
+    if not path.is_file():
+        return {}
+    try:
+        tasks = {name: found["tasks"]["coqa_turns"] for name, found in json.loads(path.read_text())["configurations"].items()}
+        return {
+            name: {
+                "questions": row["stock"]["questions"],
+                "stock_seconds_per_question": row["stock"]["seconds_per_question"],
+                "ratio": row["ratio"],
+                "identical": row["identical_share"],
+            }
+            for name, row in tasks.items()
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{path}: not what bench-eval writes ({type(error).__name__}); run make bench-eval again, or delete it") from None
+
+
 def analyse(study: Study) -> dict:
     """All numbers of the report, from the result files of `study`. Raises StudyError if there is none."""
     found = results.read_all(study)
@@ -215,6 +236,7 @@ def analyse(study: Study) -> dict:
         "failures": _failures(found),
         "benchmark": _ok(found, "benchmark"),
         "fidelity": _ok(found, "fidelity"),
+        "stock": _stock(study),
         "evaluation": {name: {k: v for k, v in data.items() if k != "files"} for name, data in _ok(found, "evaluation").items()},
         "provenance": [
             {"configuration": name, "kind": kind} | {k: v for k, v in result.provenance.items() if k not in ("study", "configuration")}

@@ -50,7 +50,10 @@ def _any(found: dict, path: str):
 
 def _method(result) -> str:
     quantization = dig(result.provenance, "configuration.quantization") or {}
-    extra = [f"{k.replace('_', ' ')} {v}".replace(" True", "") for k, v in quantization.items() if k != "method" and v not in (None, False)]
+    shown = ("quant_type", "double_quant", "block_size", "group_size", "symmetric", "threshold", "activations")
+    extra = [f"{k.replace('_', ' ')} {quantization[k]}".replace(" True", "") for k in shown if quantization.get(k) not in (None, False)]
+    if samples := dig(quantization, "calibration.samples"):
+        extra.append(f"{samples} calibration samples")
     method = quantization.get("method", "method not recorded")
     return "not quantized" if method == "none" else ", ".join([method, *extra])
 
@@ -125,7 +128,7 @@ def setup_2_infra(study, found: dict, analysis: dict):
     memory is clean. Hardware and versions as recorded in the results."""
     lines = _hardware_lines(found)
     figure, axes = _canvas(4.7)
-    _box(axes, 0.05, 0.1, 1.65, 0.85, "params/", f"{study.study}: YAML for study and configurations")
+    _box(axes, 0.05, 0.1, 1.65, 0.85, "params/", f"{study.study}:\nstudy, configurations")
     _box(axes, 2.15, 0.1, 1.65, 0.85, "Make", "runs what is not fresh")
     _box(axes, 4.25, 0.1, 1.65, 0.85, "papermill", "one process per notebook")
     _box(axes, 6.35, 0.1, 1.6, 0.85, "helpers/", "the code, imported by notebooks")

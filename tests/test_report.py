@@ -7,7 +7,7 @@ import subprocess
 import pandas as pd
 import pytest
 
-from helpers import ROOT, notebook, report, results
+from helpers import ROOT, notebook, report, report_style, results
 
 REFERENCE = ROOT / "executed/reference/h100"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -15,20 +15,20 @@ ATTACK = "<script>document.title='owned'</script><img src=x onerror=\"document.t
 
 
 def test_numbers_with_true_signs():
-    assert report.number(-1.234, 1, signed=True) == "−1.2" and report.number(0.001, 1, signed=True) == "0.0"
-    assert report.number(None) == "–" and report.points(0.1234) == "12.3"
-    assert report.p_value(0.0004) == "< 0.001"
+    assert report_style.number(-1.234, 1, signed=True) == "−1.2" and report_style.number(0.001, 1, signed=True) == "0.0"
+    assert report_style.number(None) == "–" and report_style.points(0.1234) == "12.3"
+    assert report_style.p_value(0.0004) == "< 0.001"
 
 
 def test_a_verdict_needs_an_interval_that_excludes_zero():
-    assert report.says({"ci_low": 0.01, "ci_high": 0.02}) == "above"
-    assert report.says({"ci_low": -0.02, "ci_high": -0.01}) == "below"
-    assert report.says({"ci_low": -0.02, "ci_high": 0.01}) == "not told apart"
-    assert report.says({"ci_low": None, "ci_high": None}) is None
+    assert report_style.says({"ci_low": 0.01, "ci_high": 0.02}) == "above"
+    assert report_style.says({"ci_low": -0.02, "ci_high": -0.01}) == "below"
+    assert report_style.says({"ci_low": -0.02, "ci_high": 0.01}) == "not told apart"
+    assert report_style.says({"ci_low": None, "ci_high": None}) is None
 
 
 def test_every_cell_is_escaped():
-    assert "<script>" not in report.table(pd.DataFrame([{ATTACK: ATTACK}])) and "<script>" not in report.bullets([ATTACK])
+    assert "<script>" not in report_style.table(pd.DataFrame([{ATTACK: ATTACK}])) and "<script>" not in report_style.bullets([ATTACK])
 
 
 def test_readme_says_what_the_committed_runs_say():

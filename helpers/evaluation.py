@@ -38,7 +38,8 @@ def evaluate(study: Study, loaded: Loaded, lm: HFDialogue | None = None) -> dict
     """
     lm = lm or model(study, loaded)
     metadata = {"source": study.data.source, "dialogues": study.data.dialogues, "revision": study.data.revision}
-    manager = TaskManager(include_path=str(TASKS), metadata=metadata)
+    # lm-eval's own tasks are some 10,000 files to look through, for seconds: only where one of them is wanted.
+    manager = TaskManager(include_path=str(TASKS), include_defaults=bool(study.evaluation.tasks), metadata=metadata)
     common = {
         "model": lm,
         "task_manager": manager,

@@ -13,6 +13,7 @@ layers see packed rows, so that a row that has left costs nothing. Here the atte
 CPU; helpers.static_slots works on fixed buffers, so that a CUDA graph can hold the step.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -95,8 +96,9 @@ AttentionInterface.register(ATTENTION, shared_context)
 
 
 class Slots:
-    """What both forms share: the model's forward, prefill. A form stores keys and values (`_store`, tensors [groups, tokens, kv_heads,
-    head_dim]), opens a slot's rows (`_open`, the lengths they see as [rows, 1]) and steps."""
+    """What both forms share: the model's forward, prefill. A form lays contexts out and keeps their keys and values (`_layout`: where each
+    begins among the flattened tokens, ids, positions, attention), opens a slot's rows (`_open`, the lengths they see as [rows, 1]) and
+    steps."""
 
     static = False
     first = 0  # the first slot that is not scratch
@@ -136,32 +138,25 @@ class Slots:
     def prefill(self, groups: list[tuple[list[int], list[int]]], slots: list[int]) -> list[list[Row]]:
         """Run contexts (tokens, lengths at which a row begins) into slots. Returns a list of rows per group, each with the greedy token
         that follows its first `length` tokens."""
-        longest = max(len(tokens) for tokens, _ in groups)
-        ids = torch.zeros(len(groups), longest, dtype=torch.long)
-        for n, (tokens, _) in enumerate(groups):
-            ids[n, : len(tokens)] = torch.tensor(tokens)
-
-        def attend(layer, query, key, value, scaling):
-            self._store(layer, groups, slots, key.transpose(1, 2), value.transpose(1, 2))
-            shared = self.group > 1
-            if shared and query.is_cuda and self.dtype == torch.float32:
-                # Only the kernels for 16 bits know shared key heads; the fallback would hold every score in memory.
-                key, value, shared = key.repeat_interleave(self.group, 1), value.repeat_interleave(self.group, 1), False
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
-            return mixed.transpose(1, 2)
-
-        positions = torch.arange(longest, device=self.device)[None].expand(len(groups), -1)
-        hidden = self._forward(ids.to(self.device), positions, attend)
+        starts, ids, positions, attend = self._layout(groups, slots)
+        hidden = self._forward(ids.to(self.device), positions.to(self.device), attend).flatten(0, 1)
         # The vocabulary's logits are computed where a row begins and nowhere else: [rows, vocabulary], not [tokens, vocabulary].
-        at = [(n, length - 1) for n, (_, lengths) in enumerate(groups) for length in lengths]
-        where, when = (torch.tensor(column, device=self.device) for column in zip(*at, strict=True))
-        first = iter(self._likeliest(hidden[where, when]).tolist())
+        at = [start + length - 1 for start, (_, lengths) in zip(starts, groups, strict=True) for length in lengths]
+        first = iter(self._likeliest(hidden[torch.tensor(at, device=self.device)]).tolist())
         rows = []
         for slot, (tokens, lengths) in zip(slots, groups, strict=True):
             self.used[slot] = len(tokens)
-            self._open(slot, len(tokens), torch.tensor(lengths, device=self.device)[:, None])
+            self._open(slot, torch.tensor(lengths, device=self.device)[:, None])
             rows.append([Row(slot, turn, length, next(first)) for turn, length in enumerate(lengths)])
         return rows
+
+    def _causal(self, query, key, value, scaling):
+        """Attention of whole contexts, each token over itself and what stands before it: [batch, heads, tokens, head_dim] of all."""
+        shared = self.group > 1
+        if shared and query.is_cuda and self.dtype == torch.float32:
+            # Only the kernels for 16 bits know shared key heads; the fallback would hold every score in memory.
+            key, value, shared = key.repeat_interleave(self.group, 1), value.repeat_interleave(self.group, 1), False
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
 
     @staticmethod
     def _spans(rows: list[Row]) -> list[tuple[int, int, int]]:
@@ -187,19 +182,33 @@ class PackedSlots(Slots):
         self.values: list[list] = [[None] * self.count for _ in range(self.layers)]
         self.masks: list = [None] * self.count  # [rows, columns]
 
-    def _store(self, layer, groups, slots, key, value) -> None:
-        for n, (slot, (tokens, lengths)) in enumerate(zip(slots, groups, strict=True)):
-            columns = round_up(len(tokens) + room(len(lengths)), COLUMN_MULTIPLE)
-            for kept, new in ((self.keys[layer], key), (self.values[layer], value)):
-                kept[slot] = None  # the slot's last context goes before the new one comes
-                kept[slot] = self._longer(new[n, : len(tokens)], columns)
+    def _layout(self, groups, slots):
+        """Contexts one behind the other, without padding."""
+        starts = [0]
+        for tokens, _ in groups:
+            starts.append(starts[-1] + len(tokens))
+        ids = torch.tensor([token for tokens, _ in groups for token in tokens])
+        positions = torch.cat([torch.arange(len(tokens)) for tokens, _ in groups])
+        pieces = [slice(*pair) for pair in itertools.pairwise(starts)]
+
+        def attend(layer, query, key, value, scaling):
+            mixed = []
+            for slot, piece, (_, lengths) in zip(slots, pieces, groups, strict=True):
+                columns = round_up(piece.stop - piece.start + room(len(lengths)), COLUMN_MULTIPLE)
+                for kept, new in ((self.keys[layer], key), (self.values[layer], value)):
+                    kept[slot] = None  # the slot's last context goes before the new one comes
+                    kept[slot] = self._longer(new[0, :, piece].transpose(0, 1), columns)
+                mixed.append(self._causal(query[:, :, piece], key[:, :, piece], value[:, :, piece], scaling))
+            return torch.cat(mixed, dim=2).transpose(1, 2)
+
+        return starts[:-1], ids[None], positions[None], attend
 
     def _longer(self, old, columns: int):
         new = self._zeros(columns, self.kv_heads, self.head_dim)
         new[: len(old)] = old
         return new
 
-    def _open(self, slot, length, ends) -> None:
+    def _open(self, slot, ends) -> None:
         columns = torch.arange(self.keys[0][slot].shape[0], device=self.device)[None]
         self.masks[slot] = self._zeros(len(ends), columns.shape[1]).masked_fill_(columns >= ends, -torch.inf)
 

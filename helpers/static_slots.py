@@ -62,15 +62,26 @@ class StaticSlots(Slots):
         self.visible = self._zeros()
         self.buffers: dict = {}
 
-    def _store(self, layer, groups, slots, key, value) -> None:
-        index, longest = torch.tensor(slots, device=self.device), key.shape[1]
-        for cache, new in zip(self.cache[layer], (key, value), strict=True):
-            if len(slots) == 1:
-                cache[slots[0], :longest] = new[0]
-            else:
-                cache[index, :longest] = new
+    def _layout(self, groups, slots):
+        """Contexts side by side, padded on the right: few kernels for many."""
+        longest = max(len(tokens) for tokens, _ in groups)
+        ids = torch.zeros(len(groups), longest, dtype=torch.long)
+        for n, (tokens, _) in enumerate(groups):
+            ids[n, : len(tokens)] = torch.tensor(tokens)
+        positions = torch.arange(longest)[None].expand(len(groups), -1)
+        index = torch.tensor(slots, device=self.device)
 
-    def _open(self, slot, length, ends) -> None:
+        def attend(layer, query, key, value, scaling):
+            for cache, new in zip(self.cache[layer], (key, value), strict=True):
+                if len(slots) == 1:
+                    cache[slots[0], :longest] = new[0].transpose(0, 1)
+                else:
+                    cache[index, :longest] = new.transpose(1, 2)
+            return self._causal(query, key, value, scaling).transpose(1, 2)
+
+        return [n * longest for n in range(len(groups))], ids, positions, attend
+
+    def _open(self, slot, ends) -> None:
         columns = torch.arange(self.columns, device=self.device)[None]
         self.mask[slot, :, : len(ends)] = self._zeros(len(ends), self.columns).masked_fill_(columns >= ends, -torch.inf)
 

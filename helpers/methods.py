@@ -155,14 +155,19 @@ def is_quantized(module: "torch.nn.Module") -> bool:
 
 
 def make_plain(model: "torch.nn.Module") -> None:
-    """Take compressed-tensors' wrapper off layers that are unpacked: their weights are final, and the wrapper's Python and the scales that
-    it keeps would be counted as time and memory. `quantization_scheme` stays, and tells such a layer (`is_quantized`)."""
+    """Take compressed-tensors' wrappers off a model that is unpacked: its weights are final, and the wrappers' Python, in every access to a
+    weight and every call of a layer, would be counted as time (and its scales as memory). torch.compile can't see through them either.
+    `quantization_scheme` stays, and tells a layer that was quantized (`is_quantized`)."""
     import torch
+    from compressed_tensors.offload import remove_dispatch
 
+    remove_dispatch(model, onload_tensors=True)
     for module in model.modules():
-        if hasattr(module, "quantization_scheme") and isinstance(module, torch.nn.Linear):
+        quantized = hasattr(module, "quantization_scheme") and isinstance(module, torch.nn.Linear)
+        if quantized:
             if "weight" not in module._parameters:
                 raise RuntimeError(f"a layer was not unpacked: it holds {sorted(module._parameters)}")
             for name in [n for n in (*module._parameters, *module._buffers) if n not in ("weight", "bias")]:
                 delattr(module, name)
+        if quantized or getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             module.__dict__.pop("forward", None)

@@ -278,6 +278,10 @@ def test_calibrated(tiny, method):
     assert info["checkpoint_bytes"] < full.info["checkpoint_bytes"] / 2
     layer = loaded.model.model.layers[0].mlp.down_proj
     assert type(layer).forward is torch.nn.Linear.forward and "forward" not in vars(layer)
+    # Nothing of the packages' own stands between a caller and the weights.
+    assert all("forward" not in vars(m) and type(m._parameters) is dict for m in loaded.model.modules())
+    compiled = torch.compile(lambda x: layer(x), backend="eager", fullgraph=True)
+    assert compiled(torch.ones(1, layer.in_features)).shape == (1, layer.out_features)
     assert _levels(layer.weight, 32) <= 16 < _levels(full.model.model.layers[0].mlp.down_proj.weight, 32)
     assert torch.equal(weights.dequantize(layer), layer.weight)
     # Unpacked: as large as full precision, not a quarter of it.

@@ -107,13 +107,11 @@ def values_of(found: dict, names, kind: str, path: str) -> dict:
 
 
 def failures(found: dict, *kinds: str) -> list[str]:
-    """A sentence for every result of these kinds that failed or was skipped."""
-    return [
-        f"{label(found, name)}: {kind} {parts[kind].status}: {parts[kind].reason or 'no reason given'}"
-        for name, parts in found.items()
-        for kind in kinds
-        if kind in parts and parts[kind].status != "ok"
-    ]
+    """A sentence for every result of these kinds that failed, with the reason, and one for all configurations that were not run."""
+    odd = [(name, kind, parts[kind]) for name, parts in found.items() for kind in kinds if kind in parts and parts[kind].status != "ok"]
+    said = [f"{label(found, name)}: {kind} failed: {r.reason or 'no reason given'}" for name, kind, r in odd if r.status != "skipped"]
+    skipped = list(dict.fromkeys(label(found, name) for name, _, r in odd if r.status == "skipped"))
+    return said + ([f"Not run on this machine: {', '.join(skipped)}"] if skipped else [])
 
 
 def full_precision(found: dict) -> str | None:

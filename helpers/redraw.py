@@ -8,8 +8,8 @@ Two designs, named in the result:
 
     last turns   `size` last turns. From twice as many or more they are drawn without replacement; from fewer, with replacement: the
                  dialogues at hand then stand for the population that they came from.
-    any turn     (clusters given) `size` different dialogues and one random turn of each; where there are only `size` dialogues or fewer,
-                 all of them in every draw, so that only the turn varies.
+    any turn     (clusters given) `size` different dialogues and one random turn of each; of exactly `size` dialogues all of them in every
+                 draw, so that only the turn varies; from fewer, dialogues are drawn with replacement.
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
@@ -41,16 +41,18 @@ def _last_turns(population: int, size: int, draws: int, rng) -> tuple[np.ndarray
 
 
 def _any_turn(clusters, size: int, draws: int, rng) -> tuple[np.ndarray, str, bool]:
-    """Indices (draws, size) into the questions: each row from different dialogues."""
+    """Indices (draws, size) into the questions: each row from different dialogues, as long as there are enough."""
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
     order = np.argsort(index, kind="stable")
     turns = np.bincount(index)
     starts, groups = np.cumsum(turns) - turns, len(turns)
-    size = min(size, groups)
-    dialogues = np.argsort(rng.random((draws, groups)), axis=1)[:, :size]
+    again = groups < size
+    dialogues = rng.integers(0, groups, (draws, size)) if again else np.argsort(rng.random((draws, groups)), axis=1)[:, :size]
     chosen = order[starts[dialogues] + (rng.random((draws, size)) * turns[dialogues]).astype(int)]
-    which = f"all {groups} dialogues" if size == groups else f"{size} different dialogues of {groups}"
-    return chosen, f"one random turn of each of {which}", False
+    which = f"{size} different dialogues of {groups}" if groups > size else f"all {groups} dialogues"
+    if again:
+        which = f"{size} dialogues, drawn with replacement from {groups}"
+    return chosen, f"one random turn of each of {which}", again
 
 
 def _histogram(differences: np.ndarray, width: float) -> dict:

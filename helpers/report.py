@@ -33,7 +33,10 @@ def about(n: dict) -> str:
         )
     reasons = {d["loading"]["dtype_reason"] for d in n["evaluation"].values()} | {d["dtype_reason"] for d in n["benchmark"].values()}
     lines += [f"Computed in {reason}." for reason in sorted(reasons)]
-    lines += [f"{name_of(n, f['configuration'])}, {f['kind']}: {f['status']}: {f['reason']}." for f in n["failures"]]
+    skipped = dict.fromkeys((f["configuration"], f["reason"]) for f in n["failures"] if f["status"] == "skipped")
+    lines += [f"{name_of(n, name)} was not run: {reason.removeprefix(f'{name}: ')}." for name, reason in skipped]
+    failed = [f for f in n["failures"] if f["status"] != "skipped"]
+    lines += [f"{name_of(n, f['configuration'])}, {f['kind']}: {f['status']}: {f['reason']}." for f in failed]
     return "".join(f'<p class="warning">{html.escape(line)}</p>' for line in lines)
 
 

@@ -307,11 +307,20 @@ def test_redraw_with_replacement_is_binomial():
 def test_redraw_any_turn_takes_each_dialogue_once():
     """Two dialogues of two turns: the four draws can be listed."""
     values = {"a": np.zeros(4), "b": np.array([1.0, 0.0, -1.0, 0.0])}
-    result = redraw(values, {("a", "b"): []}, clusters=["x", "x", "y", "y"], size=50, draws=20_000)
+    result = redraw(values, {("a", "b"): []}, clusters=["x", "x", "y", "y"], size=2, draws=20_000)
     (row,) = result["comparisons"]
     assert result["size"] == 2 and "all 2 dialogues" in result["design"]
     assert (row["share_better"], row["share_tied"], row["share_worse"]) == pytest.approx((0.25, 0.5, 0.25), abs=0.015)
     assert row["first"] is None
+
+
+def test_redraw_any_turn_of_few_dialogues_still_asks_as_many_questions():
+    """Every draw of a question is better with probability 1/4: binomial."""
+    values = {"a": np.zeros(8), "b": np.array([1.0, 0.0, 0.0, 0.0] * 2)}
+    result = redraw(values, {("a", "b"): []}, clusters=["x"] * 4 + ["y"] * 4, size=50, draws=20_000)
+    (row,) = result["comparisons"]
+    assert result["size"] == 50 and result["replacement"] and "50 dialogues, drawn with replacement from 2" in result["design"]
+    assert row["mean"] == pytest.approx(0.25, abs=0.003) and row["sd"] == pytest.approx((0.25 * 0.75 / 50) ** 0.5, rel=0.03)
 
 
 def test_redraw_any_turn_draws_different_dialogues():

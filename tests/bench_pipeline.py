@@ -1,12 +1,12 @@
-"""How long the pipeline takes, and how much memory: a fresh run of all configurations, a second run, and the tests.
+"""How long the pipeline takes, and how much memory: a run of all configurations from nothing, a second run, and the tests.
 
-Run by `make bench-pipeline` on a quiet machine; writes executed/reference/bench_pipeline.json. Works in a copy without results.
+Run by `make bench-pipeline` on a quiet machine; writes executed/reference/bench_pipeline.json. Works in a fresh clone of the last commit.
+`python tests/bench_pipeline.py test` measures the tests alone and keeps the rest of the file; every entry names its commit.
 """
 
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,25 +44,31 @@ def timed(command: list[str], folder: Path) -> dict:
     return {"command": " ".join(command[:1] + command[2:]), "seconds": time.perf_counter() - start, "exit": code, "peak_mib": peak}
 
 
-def main() -> None:
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main(steps: list[str]) -> None:
+    if git("status", "--porcelain"):
+        raise SystemExit("there are changes that are not committed, and a clone would not have them; commit them first")
+    target, commit = ROOT / "executed/reference/bench_pipeline.json", git("rev-parse", "HEAD")
     study = params.read_study("smollm2-135m")
+    runs = json.loads(target.read_text())["runs"] if target.is_file() else {}
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "project"
-        listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
-        for name in listed.stdout.splitlines():
-            if (ROOT / name).is_file():
-                (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, copy / name)
+        git("clone", "-q", str(ROOT), str(copy))
         (copy / ".cache").mkdir()
         for download in (ROOT / ".cache").glob("*.gguf"):  # downloads are not timed; what is made of them is
             (copy / ".cache" / download.name).symlink_to(download)
-        make = ["make", f"PYTHON={sys.executable}"]
-        load = os.getloadavg()[0]
-        runs = [timed([*make, target], copy) for target in ("run-all", "run-all", "test")]
-    value = {"runs": runs, "load_average_before": load, "provenance": results.provenance(study, None)}
-    results.write_json(ROOT / "executed/reference/bench_pipeline.json", value)
+        for step in steps:
+            load = os.getloadavg()[0]
+            names = {"run-all": ["run-all", "run-all again"], "test": ["test"]}[step]
+            for name in names:
+                found = timed(["make", f"PYTHON={sys.executable}", name.split()[0]], copy)
+                runs[name] = found | {"commit": commit, "load_average_before": load}
+    results.write_json(target, {"runs": runs, "provenance": results.provenance(study, None)})
     print(json.dumps(runs, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or ["run-all", "test"])

@@ -7,6 +7,7 @@ are escaped, never rendered.
 """
 
 import html
+import json
 
 import pandas as pd
 
@@ -14,7 +15,7 @@ from helpers import EXECUTED, ROOT, StudyError, results
 from helpers.report_accuracy import accuracy_sentence, redraw_sentences
 from helpers.report_fidelity import perplexity_sentences
 from helpers.report_hardware import fastest_sentence, size_sentences, speed_sentences
-from helpers.report_style import NONE, difference_of, name_of, note_line
+from helpers.report_style import NONE, difference_of, name_of, note_line, number
 
 # ---- what was found ----
 
@@ -119,6 +120,17 @@ MARKS = ("<!-- found: rendered by make readme from executed/reference -->", "<!-
 REFERENCES = ("smollm2-135m", "llama-3.2-1b-random")
 
 
+def pipeline_sentence(measured: dict) -> str:
+    """What bench-pipeline measured: seconds and memory of a run from nothing, of a second run, and of the tests."""
+    runs, machine = measured["runs"], measured["provenance"]
+    peak = max(run["peak_mib"] for run in runs.values()) / 1024
+    return (
+        f"On {machine['cores']} cores without a GPU `make run-all` takes {number(runs['run-all']['seconds'] / 60, 1)} minutes from nothing "
+        f"(downloads left out) and {number(runs['run-all again']['seconds'], 1)} s when there is nothing to do, `make test` "
+        f"{number(runs['test']['seconds'] / 60, 1)} minutes; no more than {number(peak, 1)} GiB of memory are used."
+    )
+
+
 def readme(text: str) -> str:
     """README.md's text with its findings rendered again from the committed runs. Raises StudyError if the marks are gone."""
     if any(text.count(mark) != 1 for mark in MARKS):
@@ -131,6 +143,7 @@ def readme(text: str) -> str:
         lines += [f"**{n['title']}** ({', '.join(hardware)}; [report](executed/reference/h100/{study}/report.html)):", ""]
         lines += [f"- {sentence}" for sentence in headline(n)]
         lines += [f"- {verdict_sentence(n)}", ""]
+    lines += [pipeline_sentence(json.loads((EXECUTED / "reference" / "bench_pipeline.json").read_text())), ""]
     before, rest = text.split(MARKS[0])
     return f"{before}{MARKS[0]}\n\n" + "\n".join(lines) + MARKS[1] + rest.split(MARKS[1])[1]
 

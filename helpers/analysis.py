@@ -203,7 +203,7 @@ def _stock(study: Study) -> dict:
     if not path.is_file():
         return {}
     try:
-        tasks = {name: found["tasks"]["coqa_turns"] for name, found in json.loads(path.read_text())["configurations"].items()}
+        tasks = {name: found["tasks"][TASK] for name, found in json.loads(path.read_text())["configurations"].items()}
         return {
             name: {
                 "questions": row["stock"]["questions"],

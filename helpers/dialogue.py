@@ -306,36 +306,30 @@ class HFDialogue(HFLM):
             self._retire(active, fresh, [[row.token] for new in found for row in new], eos, answers, bar)
 
     def _decode(self, slots: Slots, active, queue, eos, answers, bar) -> None:
+        pairs = [pair for slot in sorted(active) for pair in active[slot]]
+        rows = [row for row, _ in pairs]
         with self._timed("decode"):
-            drafts = self._drafts(active)
+            drafts = self._drafts([request for _, request in pairs])
             try:
-                found = slots.step(self._rows(active), drafts)
+                found = slots.step(rows, drafts)
             except OutOfColumns:
-                self._repack(slots, active, queue, slots.columns + max(MAX_TURNS, slots.columns // 2))
-                found = slots.step(self._rows(active), drafts)
+                # Slots that nothing will use again are given up.
+                keep = range(slots.first, slots.count) if queue else sorted(active)
+                places = slots.repack(list(keep), slots.columns + max(MAX_TURNS, slots.columns // 2), rows)
+                moved = {places[slot]: pairs for slot, pairs in active.items()}
+                active.clear()
+                active.update(moved)
+                found = slots.step(rows, drafts)
         self.counts["decode_steps"] += 1
         self.counts["decode_tokens"] += sum(map(len, found))
         self._retire(active, sorted(active), found, eos, answers, bar)
 
-    def _drafts(self, active) -> list[list[int]]:
+    def _drafts(self, requests: list[Request]) -> list[list[int]]:
         """Guesses for every row, as many as the step takes; after a wrong one, a row starts again with a single guess."""
-        pairs = [pair for slot in sorted(active) for pair in active[slot]]
-        share = min(GUESSES, (CUDA_GUESSED_TOKENS if self.device.type == "cuda" else CPU_GUESSED_TOKENS) // len(pairs) - 1)
-        drafts = [guess(r, min(share, 1 + 2 * r.right, r.max_gen_toks - len(r.made) - 1)) for _, r in pairs]
+        share = min(GUESSES, (CUDA_GUESSED_TOKENS if self.device.type == "cuda" else CPU_GUESSED_TOKENS) // len(requests) - 1)
+        drafts = [guess(r, min(share, 1 + 2 * r.right, r.max_gen_toks - len(r.made) - 1)) for r in requests]
         self.counts["guessed"] += sum(map(len, drafts))
         return drafts
-
-    @staticmethod
-    def _rows(active) -> list[Row]:
-        return [row for slot in sorted(active) for row, _ in active[slot]]
-
-    def _repack(self, slots: Slots, active, queue, columns: int) -> None:
-        """Change the columns of all slots; those that nothing will use again are given up."""
-        keep = range(slots.first, slots.count) if queue else sorted(active)
-        places = slots.repack(list(keep), columns, self._rows(active))
-        moved = {places[slot]: pairs for slot, pairs in active.items()}
-        active.clear()
-        active.update(moved)
 
     def _retire(self, active, slots: list[int], found: list[list[int]], eos, answers, bar) -> None:
         """Give the rows of these slots their newest tokens; rows that are done leave, and slots without rows are free."""

@@ -12,6 +12,7 @@ import json
 import pandas as pd
 
 from helpers import EXECUTED, ROOT, StudyError, results
+from helpers.claims import FAILS, HOLDS, OPEN
 from helpers.report_accuracy import accuracy_sentence, redraw_sentences
 from helpers.report_fidelity import perplexity_sentences
 from helpers.report_hardware import fastest_sentence, size_sentences, speed_sentences
@@ -109,7 +110,7 @@ def figure(name: str, study, found: dict, n: dict) -> str:
 
 def verdict_sentence(n: dict) -> str:
     verdicts = [row["verdict"] for row in n["claims"]]
-    words = {"holds": "hold", "does not hold": "do not hold", "cannot be decided": "cannot be decided"}
+    words = {HOLDS: "hold", FAILS: "do not hold", OPEN: OPEN}
     counts = [f"{verdicts.count(verdict)} {said}" for verdict, said in words.items() if verdict in verdicts]
     return f"Of the paper's {len(verdicts)} claims, by this run alone: {', '.join(counts)}."
 

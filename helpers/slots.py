@@ -15,6 +15,7 @@ CPU; helpers.static_slots works on fixed buffers, so that a CUDA graph can hold 
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,16 @@ class Row:
     length: int
     token: int
     made: int = 1
+
+
+class Place(NamedTuple):
+    """A token that a step runs, and where. `lane`: whose mask it sees by."""
+
+    slot: int
+    lane: int
+    column: int
+    token: int
+    position: int
 
 
 def unsupported(model) -> str | None:
@@ -96,11 +107,11 @@ AttentionInterface.register(ATTENTION, shared_context)
 
 
 class Slots:
-    """What both forms share: the model's forward, prefill. A form lays contexts out and keeps their keys and values (`_layout`: where each
-    begins among the flattened tokens, ids, positions, attention), opens a slot's rows (`_open`, the lengths they see as [rows, 1]) and
-    steps."""
+    """What both forms share: the model's forward, prefill, and which guesses are kept. A form lays contexts out and keeps their keys and
+    values (`_layout`: where each begins among the flattened tokens, ids, positions, attention) and opens a slot's rows (`_open`, the
+    lengths they see as [rows, 1]). In a step it gives guesses their lanes (`_lanes`), has columns for all (`_make_room`), runs the tokens
+    (`_run`), and lets the rows see those that were kept (`_keep`)."""
 
-    static = False
     first = 0  # the first slot that is not scratch
 
     def __init__(self, model, slots: int):
@@ -158,19 +169,39 @@ class Slots:
             key, value, shared = key.repeat_interleave(self.group, 1), value.repeat_interleave(self.group, 1), False
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
 
-    @staticmethod
-    def _spans(rows: list[Row]) -> list[tuple[int, int, int]]:
-        """(slot, first row, one past its last row) for every slot."""
-        spans, start = [], 0
-        for n in range(1, len(rows) + 1):
-            if n == len(rows) or rows[n].slot != rows[start].slot:
-                spans.append((rows[start].slot, start, n))
-                start = n
-        return spans
-
     def _closed(self, *shape):
         """An additive mask that shows nothing."""
         return torch.full(shape, -torch.inf, dtype=self.dtype, device=self.device)
+
+    # ---- decode
+
+    @torch.inference_mode()
+    def step(self, rows: list[Row], drafts: list[list[int]] | None = None) -> list[list[int]]:
+        """Every row's next tokens: one, and one more for each token guessed for it (`drafts`) up to the first wrong guess. Guesses run
+        along and are kept only where the model itself says the same: greedy speculative decoding (Leviathan et al., 2022,
+        https://arxiv.org/abs/2211.17192). Rows of one slot must stand together."""
+        parts, end = self._places(rows, drafts or [[]] * len(rows))
+        self._make_room(end)
+        said, found, kept = iter(self._run(parts)), [], []
+        for row, part in zip(rows, parts, strict=True):
+            tokens = [next(said) for _ in part]
+            right = next((n for n, place in enumerate(part[1:]) if place.token != tokens[n]), len(part) - 1)
+            found.append(tokens[: right + 1])
+            kept.append(part[: right + 1])
+            row.token = tokens[right]
+            row.made += right + 1
+            self.used[row.slot] = part[right].column + 1  # behind it are at most wrong guesses, which stay hidden
+        self._keep(kept)
+        return found
+
+    def _places(self, rows: list[Row], drafts: list[list[int]]) -> tuple[list[list[Place]], list[int]]:
+        """For every row where its token and its guesses go; and the columns that every slot then has."""
+        parts, end = [], self.used.copy()
+        for row, lanes, draft in zip(rows, self._lanes(rows, drafts), drafts, strict=True):
+            fed = enumerate(zip([row.turn, *lanes], [row.token, *draft], strict=False))
+            parts.append([Place(row.slot, lane, end[row.slot] + n, token, row.length + row.made - 1 + n) for n, (lane, token) in fed])
+            end[row.slot] += len(parts[-1])
+        return parts, end
 
 
 class PackedSlots(Slots):
@@ -224,41 +255,28 @@ class PackedSlots(Slots):
         mask[:, :before] = self.masks[slot]
         self.masks[slot] = mask
 
-    @torch.inference_mode()
-    def step(self, rows: list[Row], drafts: list[list[int]] | None = None) -> list[list[int]]:
-        """Every row's next tokens: one, and one more for each token guessed for it (`drafts`) up to the first wrong guess. Guesses run
-        along and are kept only where the model itself says the same: greedy speculative decoding (Leviathan et al., 2022,
-        https://arxiv.org/abs/2211.17192). Rows of one slot must stand together."""
-        fed = [[row.token, *draft] for row, draft in zip(rows, drafts or [[]] * len(rows), strict=True)]
-        owners = [row for row, tokens in zip(rows, fed, strict=True) for _ in tokens]
-        spans, columns = self._spans(owners), []
-        for slot, start, stop in spans:
-            columns += range(self.used[slot], self.used[slot] + stop - start)
-            self._reserve(slot, columns[-1] + 1)
-        said = self._run(rows, fed, spans)
-        found, kept, start = [], [], 0
-        for row, tokens in zip(rows, fed, strict=True):
-            mine = said[start : start + len(tokens)]
-            right = next((n for n, token in enumerate(tokens[1:]) if token != mine[n]), len(tokens) - 1)
-            kept += range(start, start + right + 1)
-            found.append(mine[: right + 1])
-            row.token = mine[right]
-            row.made += right + 1
-            start += len(tokens)
-        # Columns of wrong guesses stay hidden, and the last of a slot are free again.
-        for n in kept:
-            self.masks[owners[n].slot][owners[n].turn, columns[n]] = 0
-            self.used[owners[n].slot] = columns[n] + 1
-        return found
+    def _make_room(self, end: list[int]) -> None:
+        for slot, (before, after) in enumerate(zip(self.used, end, strict=True)):
+            if after > before:
+                self._reserve(slot, after)
 
-    def _run(self, rows: list[Row], fed: list[list[int]], spans) -> list[int]:
-        """The model's next token after each of the tokens fed."""
-        values = [
-            (row.turn, token, row.length + row.made - 1 + n)
-            for row, tokens in zip(rows, fed, strict=True)
-            for n, token in enumerate(tokens)
-        ]
-        turn, ids, positions = torch.tensor(values).to(self.device).unbind(1)
+    @staticmethod
+    def _lanes(rows, drafts) -> list[list[int]]:
+        """A guess sees by its row's own mask, and by `own` in `_run`."""
+        return [[row.turn] * len(draft) for row, draft in zip(rows, drafts, strict=True)]
+
+    def _keep(self, parts: list[list[Place]]) -> None:
+        for part in parts:
+            for place in part:
+                self.masks[place.slot][place.lane, place.column] = 0
+
+    def _run(self, parts: list[list[Place]]) -> list[int]:
+        """The model's next token after each place's."""
+        places = [place for part in parts for place in part]
+        turn, ids, positions = torch.tensor([(p.lane, p.token, p.position) for p in places]).to(self.device).unbind(1)
+        spans, start = [], 0
+        for slot, mine in itertools.groupby(places, key=lambda p: p.slot):
+            spans.append((slot, start, start := start + len(list(mine))))
         work = []
         for slot, start, stop in spans:
             begin, end = self.used[slot], self.used[slot] + stop - start

@@ -1,11 +1,9 @@
 """Shared contexts over fixed buffers (see helpers.slots): a step in buckets of rows and columns, which a CUDA graph can hold."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
-from helpers.slots import COLUMN_MULTIPLE, Row, Slots, round_up
+from helpers.slots import COLUMN_MULTIPLE, Place, Row, Slots, round_up
 
 COLUMN_BUCKET = 512
 LANES = 16  # of a slot at least: what its rows leave free is for their guesses
@@ -24,24 +22,14 @@ def uncapturable(model) -> str | None:
     return None
 
 
-class Place(NamedTuple):
-    """A token that a step runs, and where."""
-
-    slot: int
-    lane: int
-    column: int
-    token: int
-    position: int
-
-
 class StaticSlots(Slots):
     """`slots` contexts of up to `columns` columns and `turns` rows each. Slot 0 is scratch: padding rows write there. A slot has a *lane*
     for each of its rows; a guessed token takes a free one.
 
-    captured: steps run as CUDA graphs; `captures` counts them, `fallbacks` lists reasons why a step was not captured.
+    A step raises OutOfColumns before anything is changed. captured: steps run as CUDA graphs; `captures` counts them, `fallbacks` lists
+    reasons why a step was not captured.
     """
 
-    static = True
     first = 1
 
     def __init__(self, model, slots: int, turns: int, columns: int, captured: bool = False):
@@ -113,38 +101,26 @@ class StaticSlots(Slots):
             row.slot = places[row.slot]
         return places
 
-    @torch.inference_mode()
-    def step(self, rows: list[Row], drafts: list[list[int]] | None = None) -> list[list[int]]:
-        """As PackedSlots.step, with as many guesses as lanes are free. Raises OutOfColumns before anything is changed."""
-        parts, end = self._places(rows, drafts or [[]] * len(rows))
+    def _make_room(self, end: list[int]) -> None:
         if max(end) > self.columns:
             raise OutOfColumns
-        self._lend(parts)
-        said, found, kept = iter(self._static_step([place for part in parts for place in part])), [], []
-        for row, part in zip(rows, parts, strict=True):
-            tokens = [next(said) for _ in part]
-            right = next((n for n, place in enumerate(part[1:]) if place.token != tokens[n]), len(part) - 1)
-            found.append(tokens[: right + 1])
-            row.token = tokens[right]
-            row.made += right + 1
-            kept += [(row.slot, row.turn, place.column) for place in part[1 : right + 1]]
-            self.used[row.slot] = max(self.used[row.slot], part[right].column + 1)
-        self._show(kept)
+
+    def _lanes(self, rows, drafts) -> list[list[int]]:
+        """A lane of its own for each guess, as long as its slot has free ones."""
+        taken, free, found = {(row.slot, row.turn) for row in rows}, {}, []
+        for row, draft in zip(rows, drafts, strict=True):
+            if draft and row.slot not in free:
+                free[row.slot] = [lane for lane in range(self.lanes) if (row.slot, lane) not in taken]
+            found.append([free[row.slot].pop() for _ in draft[: len(free[row.slot])]] if draft else [])
         return found
 
-    def _places(self, rows: list[Row], drafts: list[list[int]]) -> tuple[list[list[Place]], list[int]]:
-        """For every row where its token and its guesses go; and the columns that every slot then has."""
-        taken = {(row.slot, row.turn) for row in rows}
-        free = {row.slot: [lane for lane in range(self.lanes) if (row.slot, lane) not in taken] for row in rows}
-        parts, end = [], self.used.copy()
-        for row, draft in zip(rows, drafts, strict=True):
-            lanes = [row.turn, *(free[row.slot].pop() for _ in draft[: len(free[row.slot])])]
-            part = []
-            for n, (lane, token) in enumerate(zip(lanes, [row.token, *draft], strict=False)):
-                part.append(Place(row.slot, lane, end[row.slot] + n, token, row.length + row.made - 1 + n))
-            end[row.slot] += len(part)
-            parts.append(part)
-        return parts, end
+    def _run(self, parts: list[list[Place]]) -> list[int]:
+        self._lend(parts)
+        return self._static_step([place for part in parts for place in part])
+
+    def _keep(self, parts: list[list[Place]]) -> None:
+        # The step itself has shown a row its first token.
+        self._show([(part[0].slot, part[0].lane, place.column) for part in parts for place in part[1:]])
 
     def _lend(self, parts: list[list[Place]]) -> None:
         """Let the lanes of guesses see what their row sees, and the tokens of their row that stand before them."""

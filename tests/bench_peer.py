@@ -21,13 +21,6 @@ NAME = "fp16"
 WITHIN = 0.05
 
 
-def ours(loaded, sizes, tokens: int, seed: int) -> tuple[list[float], list[float]]:
-    """Samples of prefill (ms) and decode (ms per token)."""
-    ids = throughput.prompt(loaded.model, 1, sizes.prompt_tokens, seed)
-    runs = [throughput.clocked(loaded.model, ids, tokens) for _ in range(sizes.warmup + sizes.repeats)][sizes.warmup :]
-    return [r.first_ms for r in runs], [r.ms_per_token for r in runs]
-
-
 def theirs(folder: str, loaded, sizes, tokens: int) -> tuple[list[float], list[float]]:
     """The same by optimum-benchmark, which loads the weights itself."""
     import transformers
@@ -67,15 +60,13 @@ def main() -> None:
     study, configuration = params.read_study(given.study), params.read_configuration(given.study, NAME)
     loaded, folder = models.load(study, configuration), models.prepare(study)
     sizes = getattr(study.benchmark, loaded.info["device"])
-    rounds = []
+    ids, rounds = throughput.prompt(loaded.model, 1, sizes.prompt_tokens, study.seed), []
     for _ in range(given.rounds):
-        for who, (prefill, decode) in (
-            ("peer", theirs(folder, loaded, sizes, sizes.decode_tokens)),
-            ("ours", ours(loaded, sizes, sizes.decode_tokens, study.seed)),
-        ):
-            rounds.append({"by": who, "prefill_ms": prefill, "decode_ms_per_token": decode})
-            print(who, {k: round(statistics.median(v), 3) for k, v in rounds[-1].items() if k != "by"}, flush=True)
-    found = {"rounds": rounds, "tokens": sizes.decode_tokens, "prompt_tokens": sizes.prompt_tokens, "ratio": {}}
+        *mine, tokens = throughput.eager_samples(loaded.model, ids, sizes)
+        for who, (prefill, decode) in (("ours", mine), ("peer", theirs(folder, loaded, sizes, tokens))):
+            rounds.append({"by": who, "tokens": tokens, "prefill_ms": prefill, "decode_ms_per_token": decode})
+            print(who, {k: round(statistics.median(v), 3) for k, v in rounds[-1].items() if isinstance(v, list)}, flush=True)
+    found = {"rounds": rounds, "prompt_tokens": sizes.prompt_tokens, "ratio": {}}
     for key in ("prefill_ms", "decode_ms_per_token"):
         medians = {who: statistics.median(x for r in rounds if r["by"] == who for x in r[key]) for who in ("ours", "peer")}
         found["ratio"][key] = medians["ours"] / medians["peer"]

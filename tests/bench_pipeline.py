@@ -44,29 +44,23 @@ def timed(command: list[str], folder: Path) -> dict:
     return {"command": " ".join(command[:1] + command[2:]), "seconds": time.perf_counter() - start, "exit": code, "peak_mib": peak}
 
 
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def main(steps: list[str]) -> None:
-    if git("status", "--porcelain"):
+    target, origin = ROOT / "executed/reference/bench_pipeline.json", results.provenance(params.read_study("smollm2-135m"), None)
+    if origin["dirty"]:
         raise SystemExit("there are changes that are not committed, and a clone would not have them; commit them first")
-    target, commit = ROOT / "executed/reference/bench_pipeline.json", git("rev-parse", "HEAD")
-    study = params.read_study("smollm2-135m")
     runs = json.loads(target.read_text())["runs"] if target.is_file() else {}
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "project"
-        git("clone", "-q", str(ROOT), str(copy))
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
         (copy / ".cache").mkdir()
         for download in (ROOT / ".cache").glob("*.gguf"):  # downloads are not timed; what is made of them is
             (copy / ".cache" / download.name).symlink_to(download)
-        for step in steps:
-            load = os.getloadavg()[0]
-            names = {"run-all": ["run-all", "run-all again"], "test": ["test"]}[step]
-            for name in names:
-                found = timed(["make", f"PYTHON={sys.executable}", name.split()[0]], copy)
-                runs[name] = found | {"commit": commit, "load_average_before": load}
-    results.write_json(target, {"runs": runs, "provenance": results.provenance(study, None)})
+        for name in ("run-all", "run-all again", "test"):
+            goal, load = name.split()[0], os.getloadavg()[0]
+            if goal in steps:
+                found = timed(["make", f"PYTHON={sys.executable}", goal], copy)
+                runs[name] = found | {"commit": origin["commit"], "load_average_before": load}
+    results.write_json(target, {"runs": runs, "provenance": origin})
     print(json.dumps(runs, indent=1))
 
 

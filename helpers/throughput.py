@@ -22,7 +22,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from helpers import decode, roofline, timing
 from helpers import device as machine
 
-EAGER_SAMPLE_SECONDS = {"cpu": 0.8, "cuda": 0.6}  # one eager sample takes about so long, so slow machines decode fewer tokens
+EAGER_SAMPLE_SECONDS = {"cpu": 0.8, "cuda": 0.4}  # one eager sample takes about so long, so slow machines decode fewer tokens
 LEAST_TOKENS = 5
 ENERGY_SECONDS = 1.5  # the counter moves every 0.1 s or so
 AGREEMENT_TOKENS = 32
@@ -247,11 +247,11 @@ def _profile_eager(model, sizes, seed, found: Decoded) -> None:
 def decoder_pass(loaded, mode, sizes, seed, hardware, kv_bytes, deadline, progress=print) -> Decoded:
     """The same for "cuda_graph" or "compile", with agreement and profile at the first batch size."""
     model, found = loaded.model, Decoded([], [], [], [], [], {}, [])
-    why, slowest = decode.obstacle(model, mode), 0.0
+    why, expected = decode.obstacle(model, mode), 0.0
     found.modes[mode] = {"ok": why is None, "reason": why}
     for batch in sizes.batch_sizes if why is None else []:
-        if time.perf_counter() + slowest > deadline:
-            reason = f"building it took up to {slowest:.0f} s a batch size, and the time for this notebook was over"
+        if time.perf_counter() + expected > deadline:
+            reason = f"building it takes some {expected:.0f} s, and the time for this notebook was over"
             found.left_out.append({"what": f"decode at batch {batch}, {mode}", "reason": reason})
             continue
         ids, decoder = prompt(model, batch, sizes.prompt_tokens, seed), None
@@ -263,7 +263,8 @@ def decoder_pass(loaded, mode, sizes, seed, hardware, kv_bytes, deadline, progre
                 break
             found.left_out.append({"what": f"decode at batch {batch}, {mode}", "reason": first_line(error)})
             continue
-        slowest = max(slowest, decoder.build_seconds)
+        if batch > 1:  # a single row is tuned (decode.compile_options), which takes far longer than the others
+            expected = max(expected, decoder.build_seconds)
         _decoder_rows(model, mode, ids, decoder, sizes, hardware, kv_bytes, found)
         progress(f"decode at batch {batch}, {mode}: {found.decode[-1]['median_ms_per_token']:.3f} ms per token")
         decoder.close()

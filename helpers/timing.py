@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 LEAST_REPEATS = 3
-CELL_SECONDS = {"cpu": 4.0, "cuda": 4.0}  # for one cell of a table, LEAST_REPEATS aside
+CELL_SECONDS = {"cpu": 4.0, "cuda": 3.0}  # for one cell of a table, LEAST_REPEATS aside
 
 
 def synchronize(device: torch.device) -> None:

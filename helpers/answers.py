@@ -54,13 +54,13 @@ def group_by_prefix(requests: list[Request]) -> tuple[list[Group], int]:
     return sorted(groups + alone, key=lambda g: -g.length), misaligned
 
 
-def guess(request: Request, count: int) -> list[int]:
-    """Up to `count` tokens that may follow: what followed the answer's last three (or two) tokens where they stood before, in the answer or
-    its context. An answer that goes round in circles, or quotes, is guessed right."""
+def guess(request: Request, count: int, sizes: tuple[int, ...] = (3, 2)) -> list[int]:
+    """Up to `count` tokens that may follow: what followed the answer's last tokens, so many as one of `sizes`, where they stood before, in
+    the answer or its context. An answer that goes round in circles, or quotes, is guessed right."""
     if count < 1:
         return []
     text = request.tokens + request.made
-    for size in (3, 2):
+    for size in sizes:
         tail = text[-size:]
         for at in range(len(text) - size - 1, -1, -1):
             if text[at] == tail[0] and text[at : at + size] == tail:

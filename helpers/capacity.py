@@ -16,9 +16,7 @@ from helpers.throughput import decoder_samples, prompt
 
 DISTINCT_PROMPTS = 32  # prefilled; their rows are repeated to the batch, for prefill in one go needs more room than decode
 CALIBRATION_ROWS = (64, 128)
-MARGIN = 0.97  # of the predicted batch, for fragmentation
-STEP_DOWN = 0.95
-TRIES = 8
+SHARES = (0.97, 0.92, 0.87, 0.8, 0.7, 0.5, 0.25)  # of the predicted batch, tried in turn: fragmented memory holds less than is free
 
 
 def batch_that_fits(budget: float, at: tuple[int, int], peaks: tuple[float, float]) -> int:
@@ -47,7 +45,7 @@ def _attempt(model, sizes, batch: int, seed: int, captured: bool) -> list[float]
     decoder = None
     try:
         decoder = _decoder(model, sizes, batch, seed, captured)
-        return decoder_samples(decoder, sizes)
+        return decoder_samples(decoder, sizes)[0]
     except torch.cuda.OutOfMemoryError:
         return None
     finally:
@@ -62,8 +60,8 @@ def _largest(model, sizes, budget_gib: float, predicted: int, seed: int, capture
     memory.reset_peak(model.device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget_gib * 2**30 / total))
     try:
-        batch = int(predicted * MARGIN)
-        for attempt in range(1, TRIES + 1):
+        for attempt, share in enumerate(SHARES, start=1):
+            batch = int(predicted * share)
             samples = _attempt(model, sizes, batch, seed, captured) if batch else None
             if samples:
                 found = timing.summary(samples, "ms_per_token")
@@ -71,8 +69,8 @@ def _largest(model, sizes, budget_gib: float, predicted: int, seed: int, capture
                 peak = torch.cuda.max_memory_reserved() / memory.MB
                 row |= {"batch": batch, "tokens_per_second": rate, "peak_reserved_mb": peak, "attempts": attempt}
                 return row | found | {"reason": None}
-            batch = int(batch * STEP_DOWN)
-        return row | {"tokens_per_second": None, "reason": f"no batch from {predicted} down decoded within {budget_gib} GiB"}
+        reason = f"no batch from {predicted} down to {int(predicted * SHARES[-1])} decoded within {budget_gib} GiB"
+        return row | {"tokens_per_second": None, "reason": reason}
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

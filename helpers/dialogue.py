@@ -31,6 +31,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from tqdm import tqdm
 
+from helpers import memory
 from helpers.answers import Endings, Group, Request, group_by_prefix, guess
 from helpers.slots import PackedSlots, Row, Slots, bytes_per_column, bytes_per_token, room, unsupported, widest_layer
 from helpers.static_slots import OutOfColumns, StaticSlots
@@ -44,10 +45,12 @@ HARMLESS = {
 INT32 = 2**31
 MAX_TURNS = 64  # rows over one context; a larger group is split
 CPU_SLOTS = 12
+CPU_CONTEXTS = 3  # the slots together hold as many columns as so many of the longest context: stock's memory is not to be passed
 CPU_GUESSED_TOKENS = 48  # guesses fill up a step of fewer tokens: it costs little more
 GUESSES = 15  # for one row
+CHEAP_TOKENS = 4  # a step of so many takes hardly longer than a step of one: they are guessed even where guesses are bad
 CPU_ROWS = 128
-CPU_PREFILL_TOKENS = 1024
+CPU_PREFILL_TOKENS = 512
 CUDA_SLOTS = 64
 CUDA_ROWS = 1024
 CUDA_PREFILL_TOKENS = 16384  # enough to keep the GPU busy; more only takes memory
@@ -62,11 +65,12 @@ class Limits:
     slots: int
     rows: int
     prefill_tokens: int
+    columns: int  # of all slots together; static slots have them anyway
 
     def halved(self) -> "Limits | None":
         if max(self.slots, self.rows) == 1:
             return None
-        return Limits(max(1, self.slots // 2), max(1, self.rows // 2), max(1, self.prefill_tokens // 2))
+        return Limits(**{name: max(1, value // 2) for name, value in vars(self).items()})
 
 
 @register_model("hf-dialogue")
@@ -104,7 +108,7 @@ class HFDialogue(HFLM):
     def report(self) -> dict:
         """seconds: by phase (s); counts: requests, groups, alone, misaligned, truncated, prefill_tokens, context_tokens (what stock
         prefills), decode_steps, decode_tokens, guessed, guessed_right, peak_rows, graphs, out_of_memory; fallbacks: reason -> requests,
-        or -> 1 for a step that could not be captured; limits: slots, rows, prefill_tokens of the last round."""
+        or -> 1 for a step that could not be captured; limits: slots, rows, prefill_tokens, columns of the last round."""
         limits = vars(self.limits) if self.limits else None
         return {"seconds": dict(self.seconds), "counts": dict(self.counts), "fallbacks": dict(self.fallbacks), "limits": limits}
 
@@ -117,6 +121,13 @@ class HFDialogue(HFLM):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.seconds[phase] += time.perf_counter() - start
+
+    @contextmanager
+    def _trimmed(self):
+        """Between the keys and values that are kept, a prefill frees blocks of all sizes; on a CPU they would add up with every one."""
+        yield
+        if self._packed():
+            memory.trim()
 
     # ---- lm-eval's interface
 
@@ -231,14 +242,16 @@ class HFDialogue(HFLM):
             free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         else:
             free = psutil.virtual_memory().available
-        slot_bytes = self._columns(groups, CUDA_ROWS if cuda else CPU_ROWS) * bytes_per_column(self.model)
+        columns = self._columns(groups, CUDA_ROWS if cuda else CPU_ROWS)
+        slot_bytes = columns * bytes_per_column(self.model)
         most = INT32 // widest_layer(self.model) - 1
         prefill = min(
             CUDA_PREFILL_TOKENS if cuda else CPU_PREFILL_TOKENS, most, int(free * ACTIVATIONS_SHARE / bytes_per_token(self.model))
         )
         slots = min(CUDA_SLOTS if cuda else CPU_SLOTS, int(free * SLOTS_SHARE / slot_bytes), sum(len(g.requests) for g in groups))
         found = {"slots": slots, "rows": min(CUDA_ROWS if cuda else CPU_ROWS, most), "prefill_tokens": prefill}
-        return Limits(**{name: max(1, int(self.wanted[name] or value)) for name, value in found.items()})
+        found = {name: max(1, int(self.wanted[name] or value)) for name, value in found.items()}
+        return Limits(**found, columns=columns * (min(found["slots"], CPU_CONTEXTS) if self._packed() else found["slots"]))
 
     @staticmethod
     def _columns(groups: list[Group], rows: int) -> int:
@@ -268,10 +281,13 @@ class HFDialogue(HFLM):
                 self.fallbacks[reason] = 1
 
     def _slots(self, groups: list[Group], count: int, turns: int) -> Slots:
-        cuda = self.device.type == "cuda"
-        if not (cuda if self.static is None else self.static):
+        if self._packed():
             return PackedSlots(self.model, count)
-        return StaticSlots(self.model, count, turns, self._columns(groups, turns), captured=self.cuda_graph and cuda)
+        captured = self.cuda_graph and self.device.type == "cuda"
+        return StaticSlots(self.model, count, turns, self._columns(groups, turns), captured=captured)
+
+    def _packed(self) -> bool:
+        return not (self.device.type == "cuda" if self.static is None else self.static)
 
     def _eos(self) -> set[int]:
         """What `generate` itself stops at."""
@@ -281,23 +297,28 @@ class HFDialogue(HFLM):
     def _refill(self, slots: Slots, queue, active, limits: Limits, eos, answers, bar) -> None:
         """Prefill groups into free slots, a quarter of the slots at a time."""
         free = [n for n in range(slots.first, slots.count) if n not in active]
-        rows = sum(len(pairs) for pairs in active.values())
+        rows, held = sum(len(pairs) for pairs in active.values()), sum(slots.used[n] for n in active)
         if not queue or (active and (len(free) < -(-(slots.count - slots.first) // 4) or rows >= limits.rows)):
             return
+        slots.forget(free)
         while queue and free:
             batch = []
             while queue and free[len(batch) :]:
                 group = queue[-1]
                 longest = batch[0].length if batch else group.length
-                full = (len(batch) + 1) * longest > limits.prefill_tokens or rows + len(group.requests) > limits.rows
-                if full and (batch or active):
+                # One context is run whatever its length: there is no other way.
+                too_long = batch and (len(batch) + 1) * longest > limits.prefill_tokens
+                too_many = rows + len(group.requests) > limits.rows or (self._packed() and held + group.length > limits.columns)
+                if too_long or ((batch or active) and too_many):
                     break
                 batch.append(queue.pop())
                 rows += len(group.requests)
+                held += group.length
             if not batch:
                 return
-            with self._timed("prefill"):
-                found = slots.prefill([(g.requests[0].tokens, [len(r.tokens) for r in g.requests]) for g in batch], free[: len(batch)])
+            contexts = [(g.requests[0].tokens, [len(r.tokens) for r in g.requests]) for g in batch]
+            with self._timed("prefill"), self._trimmed():
+                found = slots.prefill(contexts, free[: len(batch)])
             self.counts["prefill_tokens"] += sum(g.length for g in batch)
             fresh, free = free[: len(batch)], free[len(batch) :]
             for slot, group, new in zip(fresh, batch, found, strict=True):
@@ -327,7 +348,10 @@ class HFDialogue(HFLM):
     def _drafts(self, requests: list[Request]) -> list[list[int]]:
         """Guesses for every row, as many as the step takes; after a wrong one, a row starts again with a single guess."""
         share = min(GUESSES, (CUDA_GUESSED_TOKENS if self.device.type == "cuda" else CPU_GUESSED_TOKENS) // len(requests) - 1)
-        drafts = [guess(r, min(share, 1 + 2 * r.right, r.max_gen_toks - len(r.made) - 1)) for r in requests]
+        cheap = CHEAP_TOKENS // len(requests) - 1
+        sizes = (3, 2, 1) if cheap > 1 else (3, 2)
+        counts = [min(share, max(cheap, 1 + 2 * r.right), r.max_gen_toks - len(r.made) - 1) for r in requests]
+        drafts = [guess(request, count, sizes) for request, count in zip(requests, counts, strict=True)]
         self.counts["guessed"] += sum(map(len, drafts))
         return drafts
 

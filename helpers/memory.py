@@ -7,14 +7,24 @@ scales of an int8 layer in an attribute of the weight. `tensors(model)` finds th
 Vocabulary: MB is 2**20 bytes, as `get_memory_footprint() / 2**20` is printed in the paper.
 """
 
+import contextlib
+import ctypes
 import gc
 import re
 import resource
+import sys
 from pathlib import Path
 
 import torch
 
 MB = 2**20
+
+
+def trim() -> None:
+    """Give freed memory that the C library still holds back to the system; where the library can't (only glibc can), nothing."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _state_tensors(state, prefix: str = "") -> dict[str, torch.Tensor]:

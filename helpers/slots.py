@@ -173,6 +173,9 @@ class Slots:
         """An additive mask that shows nothing."""
         return torch.full(shape, -torch.inf, dtype=self.dtype, device=self.device)
 
+    def forget(self, slots: list[int]) -> None:
+        """What these slots hold is not needed any more; buffers that stay are written anew."""
+
     # ---- decode
 
     @torch.inference_mode()
@@ -209,9 +212,15 @@ class PackedSlots(Slots):
 
     def __init__(self, model, slots: int):
         super().__init__(model, slots)
-        self.keys: list[list] = [[None] * self.count for _ in range(self.layers)]
-        self.values: list[list] = [[None] * self.count for _ in range(self.layers)]
+        # By layer and slot: keys and values [2, columns, kv_heads, head_dim].
+        self.kept: list[list] = [[None] * self.count for _ in range(self.layers)]
         self.masks: list = [None] * self.count  # [rows, columns]
+
+    def forget(self, slots: list[int]) -> None:
+        for slot in slots:
+            self.used[slot], self.masks[slot] = 0, None
+            for kept in self.kept:
+                kept[slot] = None
 
     def _layout(self, groups, slots):
         """Contexts one behind the other, without padding."""
@@ -226,21 +235,20 @@ class PackedSlots(Slots):
             mixed = []
             for slot, piece, (_, lengths) in zip(slots, pieces, groups, strict=True):
                 columns = round_up(piece.stop - piece.start + room(len(lengths)), COLUMN_MULTIPLE)
-                for kept, new in ((self.keys[layer], key), (self.values[layer], value)):
-                    kept[slot] = None  # the slot's last context goes before the new one comes
-                    kept[slot] = self._longer(new[0, :, piece].transpose(0, 1), columns)
+                self.kept[layer][slot] = self._longer(torch.stack((key[0, :, piece], value[0, :, piece])).transpose(1, 2), columns)
                 mixed.append(self._causal(query[:, :, piece], key[:, :, piece], value[:, :, piece], scaling))
             return torch.cat(mixed, dim=2).transpose(1, 2)
 
         return starts[:-1], ids[None], positions[None], attend
 
     def _longer(self, old, columns: int):
-        new = self._zeros(columns, self.kv_heads, self.head_dim)
-        new[: len(old)] = old
+        # Not zeroed: nothing behind the last column in use is ever looked at, and on Linux what was never written takes no memory.
+        new = torch.empty(2, columns, self.kv_heads, self.head_dim, dtype=self.dtype, device=self.device)
+        new[:, : old.shape[1]] = old
         return new
 
     def _open(self, slot, ends) -> None:
-        columns = torch.arange(self.keys[0][slot].shape[0], device=self.device)[None]
+        columns = torch.arange(self.kept[0][slot].shape[1], device=self.device)[None]
         self.masks[slot] = self._zeros(len(ends), columns.shape[1]).masked_fill_(columns >= ends, -torch.inf)
 
     def _reserve(self, slot: int, end: int) -> None:
@@ -249,7 +257,7 @@ class PackedSlots(Slots):
         if end <= before:
             return
         columns = round_up(max(end, before + before // 4), COLUMN_MULTIPLE)
-        for kept in (*self.keys, *self.values):
+        for kept in self.kept:
             kept[slot] = self._longer(kept[slot], columns)
         mask = self._closed(len(self.masks[slot]), columns)
         mask[:, :before] = self.masks[slot]
@@ -284,20 +292,21 @@ class PackedSlots(Slots):
             own = (turn[start:stop, None] == turn[None, start:stop]).tril()
             mask = self.masks[slot][turn[start:stop], :end]
             mask[:, begin:] = self._closed(*own.shape).masked_fill_(own, 0)
-            work.append((slot, start, stop, begin, end, mask.repeat(self.group, 1)))
+            work.append((slot, slice(start, stop), slice(begin, end), mask.repeat_interleave(self.group, 0)))
 
         def attend(layer, query, key, value, scaling):
-            mixed = torch.empty_like(query)
-            for slot, start, stop, begin, end, mask in work:
-                keys, values = self.keys[layer][slot], self.values[layer][slot]
-                keys[begin:end] = key[0, :, start:stop].transpose(0, 1)
-                values[begin:end] = value[0, :, start:stop].transpose(0, 1)
-                # Query heads that share a key head stand as its rows: nothing is repeated in memory.
-                mine = query[:, :, start:stop].reshape(1, self.kv_heads, -1, self.head_dim)
-                seen = keys[:end].transpose(0, 1)[None], values[:end].transpose(0, 1)[None]
-                out = F.scaled_dot_product_attention(mine, *seen, attn_mask=mask, scale=scaling)
-                mixed[:, :, start:stop] = out.view(1, self.heads, stop - start, self.head_dim)
-            return mixed.transpose(1, 2)
+            new = torch.stack((key[0], value[0])).transpose(1, 2)
+            # Query heads that share a key head stand behind one another as its rows: nothing is repeated in memory.
+            shape = self.kv_heads, self.group, len(places), self.head_dim
+            asked = query.reshape(shape).transpose(1, 2).reshape(1, self.kv_heads, -1, self.head_dim)
+            mixed = torch.empty_like(asked)
+            for slot, tokens, columns, mask in work:
+                kept = self.kept[layer][slot]
+                kept[:, columns] = new[:, tokens]
+                keys, values = kept[:, None, : columns.stop].transpose(2, 3)
+                mine = slice(tokens.start * self.group, tokens.stop * self.group)
+                mixed[:, :, mine] = F.scaled_dot_product_attention(asked[:, :, mine], keys, values, attn_mask=mask, scale=scaling)
+            return mixed.view(self.kv_heads, len(places), -1).transpose(0, 1).reshape(1, len(places), self.heads, self.head_dim)
 
         hidden = self._forward(ids[None], positions[None], attend)
         return self._likeliest(hidden[0]).tolist()

@@ -22,7 +22,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from helpers import decode, roofline, timing
 from helpers import device as machine
 
-EAGER_SAMPLE_SECONDS = {"cpu": 0.8, "cuda": 0.4}  # one eager sample takes about so long, so slow machines decode fewer tokens
+SAMPLE_SECONDS = {"cpu": 0.8, "cuda": 0.4}  # one sample takes about so long at most, so slow machines decode fewer tokens
 LEAST_TOKENS = 5
 ENERGY_SECONDS = 1.5  # the counter moves every 0.1 s or so
 AGREEMENT_TOKENS = 32
@@ -111,13 +111,13 @@ def decode_row(mode, batch, prompt_tokens, tokens, samples_ms_per_token, byte_co
 def eager_samples(model, ids, sizes) -> tuple[list[float], list[float], int]:
     """Samples of (ms to first token, ms per token) of eager `generate`, and the tokens of each sample.
 
-    The number of tokens shrinks from `sizes.decode_tokens` until a sample takes about EAGER_SAMPLE_SECONDS.
+    The number of tokens shrinks from `sizes.decode_tokens` until a sample takes about SAMPLE_SECONDS.
     """
     kind = ids.device.type
     began = time.perf_counter()
     least = max(2, min(LEAST_TOKENS, sizes.decode_tokens))  # decode is the interval between two tokens
     trial = clocked(model, ids, least)
-    afford = int(EAGER_SAMPLE_SECONDS[kind] * 1e3 / trial.ms_per_token)
+    afford = int(SAMPLE_SECONDS[kind] * 1e3 / trial.ms_per_token)
     tokens = max(min(sizes.decode_tokens, afford), least)
     for _ in range(sizes.warmup - 1):
         if time.perf_counter() - began > timing.CELL_SECONDS[kind] / 3:
@@ -129,23 +129,29 @@ def eager_samples(model, ids, sizes) -> tuple[list[float], list[float], int]:
     return [r.first_ms for r in runs], [r.ms_per_token for r in runs], tokens
 
 
-def decoder_samples(decoder: decode.Decoder, sizes) -> list[float]:
-    """Samples (ms per token) of a decoder: each runs `decode_tokens - 1` steps from the end of the prompt."""
-    device, steps = decoder.ids.device, sizes.decode_tokens - 1
+def decoder_samples(decoder: decode.Decoder, sizes) -> tuple[list[float], int]:
+    """Samples (ms per token) of a decoder, each from the end of the prompt, and the tokens that one runs to.
 
-    def run():
-        for _ in range(steps):
-            decoder.step()
+    `decode_tokens` of them, fewer where a sample would take more than SAMPLE_SECONDS: over a static cache every step does the same work.
+    """
+    device = decoder.ids.device
 
-    samples, began = [], time.perf_counter()
-    for i in range(sizes.warmup + sizes.repeats):
+    def run(steps: int) -> float:
         decoder.reset()
-        ms = timing.once(run, device) / steps
-        if i >= sizes.warmup:
-            samples.append(ms)
-        if len(samples) >= timing.LEAST_REPEATS and time.perf_counter() - began > timing.CELL_SECONDS[device.type]:
-            break
-    return samples
+        return timing.once(lambda: [decoder.step() for _ in range(steps)], device) / steps
+
+    began = time.perf_counter()
+    least = min(LEAST_TOKENS, sizes.decode_tokens) - 1
+    run(least)
+    steps = max(least, min(sizes.decode_tokens - 1, int(SAMPLE_SECONDS[device.type] * 1e3 / run(least))))
+    for _ in range(sizes.warmup - 1):
+        run(steps)
+    samples = []
+    while len(samples) < sizes.repeats and (
+        len(samples) < timing.LEAST_REPEATS or time.perf_counter() - began < timing.CELL_SECONDS[device.type]
+    ):
+        samples.append(run(steps))
+    return samples, steps + 1
 
 
 def agreement(model, ids, decoder: decode.Decoder, count: int, mode: str) -> dict:
@@ -275,19 +281,19 @@ def decoder_pass(loaded, mode, sizes, seed, hardware, kv_bytes, deadline, progre
 
 def _decoder_rows(model, mode, ids, decoder, sizes, hardware, kv_bytes, found: Decoded) -> None:
     device, batch = ids.device, ids.shape[0]
-    samples = decoder_samples(decoder, sizes)
-    count = roofline.step_bytes(model, batch, sizes.prompt_tokens + sizes.decode_tokens / 2, kv_bytes)
-    row = decode_row(mode, batch, sizes.prompt_tokens, sizes.decode_tokens, samples, count, hardware)
+    samples, tokens = decoder_samples(decoder, sizes)
+    count = roofline.step_bytes(model, batch, sizes.prompt_tokens + tokens / 2, kv_bytes)
+    row = decode_row(mode, batch, sizes.prompt_tokens, tokens, samples, count, hardware)
     found.decode.append(row | {"build_seconds": decoder.build_seconds})
     median = row["median_ms_per_token"]
 
     def run():
         decoder.reset()
-        for _ in range(sizes.decode_tokens - 1):
+        for _ in range(tokens - 1):
             decoder.step()
 
     if machine.energy_reason(device) is None and batch in (1, max(sizes.batch_sizes)):
-        found.energy.append(energy_row(mode, batch, run, sizes.decode_tokens - 1, device, includes_prefill=False))
+        found.energy.append(energy_row(mode, batch, run, tokens - 1, device, includes_prefill=False))
     if batch == sizes.batch_sizes[0]:
         found.agreement.append(agreement(model, ids, decoder, min(sizes.decode_tokens, AGREEMENT_TOKENS), mode))
         decoder.reset()

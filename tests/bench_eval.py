@@ -17,8 +17,6 @@ of `generate_until`, tokenization included; scoring is lm-eval's own on both sid
 """
 
 import argparse
-import contextlib
-import ctypes
 import gc
 import os
 import sys
@@ -36,7 +34,7 @@ from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from helpers import StudyError, models, params, results  # noqa: E402
+from helpers import StudyError, memory, models, params, results  # noqa: E402
 from helpers.dialogue import HFDialogue  # noqa: E402
 
 TURNS, LAST = "coqa_turns", "coqa_last_turns"
@@ -50,9 +48,8 @@ def give_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
+    else:
+        memory.trim()
 
 
 class Peak:

@@ -103,6 +103,27 @@ def test_same_text_in_every_architecture(kind, static, tokenizer):
     assert mine.counts["prefill_tokens"] < mine.counts["context_tokens"]
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_context_longer_than_a_prefill_does_not_wait_for_the_rows_before_it(static, tiny, tokenizer):
+    expected, found, mine = both(tiny, tokenizer, MIXED, options={"prefill_tokens": 1, "static": static})
+    assert found == expected and mine.counts["peak_rows"] == len(MIXED)
+
+
+def test_on_a_cpu_the_slots_together_hold_no_more_than_a_few_contexts(tiny, tokenizer, monkeypatch):
+    held, prefill = [], slots.PackedSlots.prefill
+
+    def watched(self, groups, free):
+        rows = prefill(self, groups, free)
+        held.append(sum(used for used, kept in zip(self.used, self.kept[0], strict=True) if kept is not None))
+        return rows
+
+    monkeypatch.setattr(slots.PackedSlots, "prefill", watched)
+    alone = [f"{n}: {MIXED[0]}" for n in range(12)]
+    expected, found, mine = both(tiny, tokenizer, alone, until=["never this"], max_gen_toks=40)
+    assert found == expected and mine.counts["groups"] == mine.limits.slots == 12
+    assert 1 < mine.counts["peak_rows"] < 12 and max(held) <= mine.limits.columns
+
+
 def test_batched_stock_agrees_too(tiny, tokenizer):
     expected, found, _ = both(tiny, tokenizer, MIXED, stock_batch=4)
     assert found == expected
@@ -284,7 +305,7 @@ def test_guesses_right_and_wrong_change_no_answer(static, tiny, tokenizer, monke
     # A fortune teller: what the model is going to say, now and then with a mistake.
     truth = {context: tokens for context, tokens in zip(MIXED, mine.generated, strict=True)}
 
-    def foretold(request, count):
+    def foretold(request, count, sizes):
         rest = truth[request.context][len(request.made) :][: max(0, count)]
         return [token + (n == 3) for n, token in enumerate(rest)]
 
@@ -437,7 +458,12 @@ def test_out_of_memory_halves_the_batch_and_keeps_finished_answers(tiny, tokeniz
     mine.cache_hook = Kept()
     fail_at(monkeypatch, 20, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"))
     assert mine.generate_until(requests(MIXED), disable_tqdm=True) == stock
-    assert mine.counts["out_of_memory"] == 1 and vars(mine.limits) == {"slots": 1, "rows": 4, "prefill_tokens": 512}
+    limits = vars(mine.limits)
+    assert mine.counts["out_of_memory"] == 1 and {k: limits[k] for k in ("slots", "rows", "prefill_tokens")} == {
+        "slots": 1,
+        "rows": 4,
+        "prefill_tokens": 256,
+    }
     assert sorted(mine.cache_hook.answers) == sorted(zip(MIXED, stock, strict=True)), "an answer was lost or given twice"
 
 

@@ -33,8 +33,13 @@ def about(n: dict) -> str:
             f"The weights are not an original: {n['already_quantized']}. Full precision means what they hold after that, "
             "and methods with similar grids may be flattered."
         )
-    reasons = {d["loading"]["dtype_reason"] for d in n["evaluation"].values()} | {d["dtype_reason"] for d in n["benchmark"].values()}
-    lines += [f"Computed in {reason}." for reason in sorted(reasons)]
+    reasons: dict[str, dict[str, None]] = {}
+    for name, reason in [(name, d["loading"]["dtype_reason"]) for name, d in n["evaluation"].items()] + [
+        (name, d["dtype_reason"]) for name, d in n["benchmark"].items()
+    ]:
+        reasons.setdefault(reason, {})[name_of(n, name)] = None
+    several = len(reasons) > 1
+    lines += [f"{', '.join(names) + ': c' if several else 'C'}omputed in {reason}." for reason, names in reasons.items()]
     skipped = dict.fromkeys((f["configuration"], f["reason"]) for f in n["failures"] if f["status"] == "skipped")
     lines += [f"{name_of(n, name)} was not run: {reason.removeprefix(f'{name}: ')}." for name, reason in skipped]
     failed = [f for f in n["failures"] if f["status"] != "skipped"]

@@ -54,13 +54,13 @@ def group_by_prefix(requests: list[Request]) -> tuple[list[Group], int]:
     return sorted(groups + alone, key=lambda g: -g.length), misaligned
 
 
-def guess(request: Request, count: int, sizes: tuple[int, ...] = (3, 2)) -> list[int]:
-    """Up to `count` tokens that may follow: what followed the answer's last tokens, so many as one of `sizes`, where they stood before, in
-    the answer or its context. An answer that goes round in circles, or quotes, is guessed right."""
+def guess(request: Request, count: int, shortest: int = 2) -> list[int]:
+    """Up to `count` tokens that may follow: what followed the answer's last three tokens (or fewer, down to `shortest`) where they stood
+    before, in the answer or its context. An answer that goes round in circles, or quotes, is guessed right."""
     if count < 1:
         return []
     text = request.tokens + request.made
-    for size in sizes:
+    for size in range(3, shortest - 1, -1):
         tail = text[-size:]
         for at in range(len(text) - size - 1, -1, -1):
             if text[at] == tail[0] and text[at : at + size] == tail:

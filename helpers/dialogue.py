@@ -122,13 +122,6 @@ class HFDialogue(HFLM):
                 torch.cuda.synchronize(self.device)
             self.seconds[phase] += time.perf_counter() - start
 
-    @contextmanager
-    def _trimmed(self):
-        """Between the keys and values that are kept, a prefill frees blocks of all sizes; on a CPU they would add up with every one."""
-        yield
-        if self._packed():
-            memory.trim()
-
     # ---- lm-eval's interface
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
@@ -317,8 +310,10 @@ class HFDialogue(HFLM):
             if not batch:
                 return
             contexts = [(g.requests[0].tokens, [len(r.tokens) for r in g.requests]) for g in batch]
-            with self._timed("prefill"), self._trimmed():
+            with self._timed("prefill"):
                 found = slots.prefill(contexts, free[: len(batch)])
+                if self._packed():
+                    memory.trim()  # between what is kept a prefill frees blocks of all sizes, which would add up with every one
             self.counts["prefill_tokens"] += sum(g.length for g in batch)
             fresh, free = free[: len(batch)], free[len(batch) :]
             for slot, group, new in zip(fresh, batch, found, strict=True):
@@ -337,7 +332,7 @@ class HFDialogue(HFLM):
                 # Slots that nothing will use again are given up.
                 keep = range(slots.first, slots.count) if queue else sorted(active)
                 places = slots.repack(list(keep), slots.columns + max(MAX_TURNS, slots.columns // 2), rows)
-                moved = {places[slot]: pairs for slot, pairs in active.items()}
+                moved = {places[slot]: mine for slot, mine in active.items()}
                 active.clear()
                 active.update(moved)
                 found = slots.step(rows, drafts)
@@ -349,9 +344,9 @@ class HFDialogue(HFLM):
         """Guesses for every row, as many as the step takes; after a wrong one, a row starts again with a single guess."""
         share = min(GUESSES, (CUDA_GUESSED_TOKENS if self.device.type == "cuda" else CPU_GUESSED_TOKENS) // len(requests) - 1)
         cheap = CHEAP_TOKENS // len(requests) - 1
-        sizes = (3, 2, 1) if cheap > 1 else (3, 2)
+        shortest = 1 if cheap > 1 else 2
         counts = [min(share, max(cheap, 1 + 2 * r.right), r.max_gen_toks - len(r.made) - 1) for r in requests]
-        drafts = [guess(request, count, sizes) for request, count in zip(requests, counts, strict=True)]
+        drafts = [guess(request, count, shortest) for request, count in zip(requests, counts, strict=True)]
         self.counts["guessed"] += sum(map(len, drafts))
         return drafts
 

@@ -80,7 +80,7 @@ def redraw(study, found: dict, analysis: dict):
                 axes.plot(100 * (reported[1] - reported[0]), 0, marker="D", mfc="white", mec=DARK, clip_on=False, zorder=5)
                 has_paper = True
             better = f"{style.label(found, row['b'])} above {style.label(found, row['a'])} in {100 * row['share_better']:.3g}% of redraws"
-            axes.set_title(better + (f"\n{style.wrap(design['design'], 60)}" if axes is grid[0, column] else ""))
+            axes.set_title(better + (f"\n{style.wrap(design['design'], 44)}" if axes is grid[0, column] else ""))
             axes.margins(x=0.04)
             axes.set_ylim(0, share.max() * 1.1)
             if column == 0:

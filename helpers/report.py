@@ -33,13 +33,12 @@ def about(n: dict) -> str:
             f"The weights are not an original: {n['already_quantized']}. Full precision means what they hold after that, "
             "and methods with similar grids may be flattered."
         )
-    reasons: dict[str, dict[str, None]] = {}
-    for name, reason in [(name, d["loading"]["dtype_reason"]) for name, d in n["evaluation"].items()] + [
-        (name, d["dtype_reason"]) for name, d in n["benchmark"].items()
-    ]:
-        reasons.setdefault(reason, {})[name_of(n, name)] = None
-    several = len(reasons) > 1
-    lines += [f"{', '.join(names) + ': c' if several else 'C'}omputed in {reason}." for reason, names in reasons.items()]
+    computed = dict.fromkeys((name, d["loading"]["dtype_reason"]) for name, d in n["evaluation"].items())
+    computed |= dict.fromkeys((name, d["dtype_reason"]) for name, d in n["benchmark"].items())
+    reasons = dict.fromkeys(reason for _, reason in computed)
+    for reason in reasons:
+        names = ", ".join(name_of(n, name) for name, its in computed if its == reason)
+        lines.append(f"{names}: computed in {reason}." if len(reasons) > 1 else f"Computed in {reason}.")
     skipped = dict.fromkeys((f["configuration"], f["reason"]) for f in n["failures"] if f["status"] == "skipped")
     lines += [f"{name_of(n, name)} was not run: {reason.removeprefix(f'{name}: ')}." for name, reason in skipped]
     failed = [f for f in n["failures"] if f["status"] != "skipped"]

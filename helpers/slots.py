@@ -242,7 +242,7 @@ class PackedSlots(Slots):
         return starts[:-1], ids[None], positions[None], attend
 
     def _longer(self, old, columns: int):
-        # Not zeroed: nothing behind the last column in use is ever looked at, and on Linux what was never written takes no memory.
+        # Not zeroed: nothing behind the last column in use is ever looked at.
         new = torch.empty(2, columns, self.kv_heads, self.head_dim, dtype=self.dtype, device=self.device)
         new[:, : old.shape[1]] = old
         return new

@@ -136,22 +136,16 @@ def decoder_samples(decoder: decode.Decoder, sizes) -> tuple[list[float], int]:
     """
     device = decoder.ids.device
 
-    def run(steps: int) -> float:
-        decoder.reset()
-        return timing.once(lambda: [decoder.step() for _ in range(steps)], device) / steps
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            decoder.step()
 
-    began = time.perf_counter()
     least = min(LEAST_TOKENS, sizes.decode_tokens) - 1
-    run(least)
-    steps = max(least, min(sizes.decode_tokens - 1, int(SAMPLE_SECONDS[device.type] * 1e3 / run(least))))
-    for _ in range(sizes.warmup - 1):
-        run(steps)
-    samples = []
-    while len(samples) < sizes.repeats and (
-        len(samples) < timing.LEAST_REPEATS or time.perf_counter() - began < timing.CELL_SECONDS[device.type]
-    ):
-        samples.append(run(steps))
-    return samples, steps + 1
+    trial = timing.repeat(lambda: run(least), device, repeats=1, warmup=1, before=decoder.reset)[0] / least
+    steps = max(least, min(sizes.decode_tokens - 1, int(SAMPLE_SECONDS[device.type] * 1e3 / trial)))
+    seconds = timing.CELL_SECONDS[device.type]
+    samples = timing.repeat(lambda: run(steps), device, sizes.repeats, sizes.warmup - 1, seconds, before=decoder.reset)
+    return [ms / steps for ms in samples], steps + 1
 
 
 def agreement(model, ids, decoder: decode.Decoder, count: int, mode: str) -> dict:

@@ -46,19 +46,23 @@ def once(function: Callable, device: torch.device) -> float:
     return between_ms(start, end)
 
 
-def repeat(function: Callable, device: torch.device, repeats: int, warmup: int, seconds: float = float("inf")) -> list[float]:
-    """Samples (ms) of `function`, after `warmup` unrecorded calls of the same path.
+def repeat(
+    function: Callable, device: torch.device, repeats: int, warmup: int, seconds: float = float("inf"), before: Callable = lambda: None
+) -> list[float]:
+    """Samples (ms) of `function`, after `warmup` unrecorded calls of the same path. `before` precedes every call, untimed.
 
     A slow cell stops early: no further warm-up after a third of `seconds`, no further sample once `seconds` are over, but
     LEAST_REPEATS samples are always taken. n travels with the summary.
     """
     began = time.perf_counter()
     for _ in range(warmup):
+        before()
         once(function, device)
         if time.perf_counter() - began > seconds / 3:
             break
     samples = []
     while len(samples) < repeats and (len(samples) < LEAST_REPEATS or time.perf_counter() - began < seconds):
+        before()
         samples.append(once(function, device))
     return samples
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import ROOT, coqa, slots, static_slots
 from helpers.answers import Request, group_by_prefix, guess
-from helpers.dialogue import HFDialogue
+from helpers.dialogue import CPU_ROWS, HFDialogue
 
 TASKS = str(ROOT / "helpers" / "tasks")
 BFLOAT16_TIE = 0.1  # logits; their spread over the vocabulary is some 20
@@ -305,7 +305,7 @@ def test_guesses_right_and_wrong_change_no_answer(static, tiny, tokenizer, monke
     # A fortune teller: what the model is going to say, now and then with a mistake.
     truth = {context: tokens for context, tokens in zip(MIXED, mine.generated, strict=True)}
 
-    def foretold(request, count, sizes):
+    def foretold(request, count, shortest):
         rest = truth[request.context][len(request.made) :][: max(0, count)]
         return [token + (n == 3) for n, token in enumerate(rest)]
 
@@ -458,12 +458,8 @@ def test_out_of_memory_halves_the_batch_and_keeps_finished_answers(tiny, tokeniz
     mine.cache_hook = Kept()
     fail_at(monkeypatch, 20, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"))
     assert mine.generate_until(requests(MIXED), disable_tqdm=True) == stock
-    limits = vars(mine.limits)
-    assert mine.counts["out_of_memory"] == 1 and {k: limits[k] for k in ("slots", "rows", "prefill_tokens")} == {
-        "slots": 1,
-        "rows": 4,
-        "prefill_tokens": 256,
-    }
+    columns = mine._columns(group_by_prefix(mine._prepare(requests(MIXED), range(len(MIXED))))[0], CPU_ROWS)
+    assert mine.counts["out_of_memory"] == 1 and vars(mine.limits) == {"slots": 1, "rows": 4, "prefill_tokens": 256, "columns": columns}
     assert sorted(mine.cache_hook.answers) == sorted(zip(MIXED, stock, strict=True)), "an answer was lost or given twice"
 
 

@@ -128,12 +128,13 @@ def fidelity(name: str) -> dict:
     } | ({"sensitivity": sensitivity()} if name == "fp16" else {})
 
 
-def study_results(study, names=FOUR, modes=tuple(MODES)) -> tuple[dict, dict]:
-    """`found` and `analysis`: 50 dialogues of 10 turns, scores from a seeded generator, judged by the project's own statistics."""
+def study_results(study, names=FOUR, modes=tuple(MODES), dialogues=50) -> tuple[dict, dict]:
+    """`found` and `analysis`: dialogues of 10 turns, scores from a seeded generator, judged by the project's own statistics."""
     rng = np.random.default_rng(0)
-    clusters, last = np.repeat(np.arange(50), 10), np.arange(500) % 10 == 9
-    base = np.clip(rng.normal(0.45, 0.2, 50)[clusters] + rng.normal(0, 0.3, 500), 0, 1)
-    f1 = {n: np.clip(base - LOSS[n] + (n != "fp16") * rng.normal(0, 0.15, 500), 0, 1) for n in names}
+    questions = 10 * dialogues
+    clusters, last = np.repeat(np.arange(dialogues), 10), np.arange(questions) % 10 == 9
+    base = np.clip(rng.normal(0.45, 0.2, dialogues)[clusters] + rng.normal(0, 0.3, questions), 0, 1)
+    f1 = {n: np.clip(base - LOSS[n] + (n != "fp16") * rng.normal(0, 0.15, questions), 0, 1) for n in names}
     scores = {n: {"f1": values, "em": (values > 0.5).astype(float)} for n, values in f1.items()}
     last_scores = {n: {metric: values[last] for metric, values in columns.items()} for n, columns in scores.items()}
     pairs = {("fp16", "nf4"): [0.051], ("fp4", "nf4"): [], ("nf4", "fp4"): [], ("fp16", "fp4"): []}
@@ -149,7 +150,15 @@ def study_results(study, names=FOUR, modes=tuple(MODES)) -> tuple[dict, dict]:
         "paper": PAPER,
     }
     loading = {"dtype": "float16", "parameters": 134_515_008}
-    answered = {"tasks": {}, "files": {}, "questions": 500, "dialogues": 50, "seconds": 60.0, "engine": {}, "process_peak_mb": 2000.0}
+    answered = {
+        "tasks": {},
+        "files": {},
+        "questions": questions,
+        "dialogues": dialogues,
+        "seconds": 60.0,
+        "engine": {},
+        "process_peak_mb": 2000.0,
+    }
     found = {
         n: {
             "evaluation": result(study, n, "evaluation", answered | {"loading": loading}),

@@ -21,7 +21,7 @@ SEVEN = tuple(LABELS)
 CASES = {
     "four": (FOUR, tuple(MODES)),
     "seven": (SEVEN, tuple(MODES)),
-    "cpu": (FOUR, ("eager",)),
+    "cpu": (FOUR, ("eager",), 20),  # fewer dialogues than the redraw has
     "two": (("fp16", "nf4", "fp4"), ("eager",)),
 }
 

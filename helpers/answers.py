@@ -23,6 +23,7 @@ class Request:
     made: list[int] = field(default_factory=list)
     done: bool = False
     right: int = 0  # guesses that were right in the last step
+    spelt: str = ""  # the tokens as `guess` searches them
 
 
 @dataclass
@@ -59,14 +60,20 @@ def guess(request: Request, count: int, shortest: int = 2) -> list[int]:
     before, in the answer or its context. An answer that goes round in circles, or quotes, is guessed right."""
     if count < 1:
         return []
-    text = request.tokens + request.made
+    if not request.spelt:
+        request.spelt = spell(request.tokens)
+    text = request.spelt + spell(request.made)
     for size in range(3, shortest - 1, -1):
-        tail = text[-size:]
-        for at in range(len(text) - size - 1, -1, -1):
-            if text[at] == tail[0] and text[at : at + size] == tail:
-                period = len(text) - at - size
-                return [text[at + size + n % period] for n in range(count)]
+        at = text.rfind(text[-size:], 0, -1)
+        if at >= 0:
+            period = len(text) - at - size
+            return [ord(text[at + size + n % period]) for n in range(count)]
     return []
+
+
+def spell(tokens: list[int]) -> str:
+    """Tokens as characters of a string, which Python searches faster than a list."""
+    return "".join(map(chr, tokens))
 
 
 class Endings:

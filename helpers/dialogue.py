@@ -53,7 +53,7 @@ CPU_ROWS = 128
 CPU_PREFILL_TOKENS = 512
 CUDA_SLOTS = 64
 CUDA_ROWS = 1024
-CUDA_PREFILL_TOKENS = 16384  # enough to keep the GPU busy; more only takes memory
+CUDA_PREFILL_TOKENS = 32768  # starting a pass takes the host as long as the GPU needs for so many tokens of a small model
 CUDA_GUESSED_TOKENS = 128
 SLOTS_SHARE, ACTIVATIONS_SHARE = 0.6, 0.3  # of free memory
 
@@ -215,6 +215,7 @@ class HFDialogue(HFLM):
                 self.counts["misaligned"] += misaligned
                 limits = self._find_limits(groups)
             self.limits = limits
+            failed = False
             try:
                 self._round(groups, limits, answers, bar)
             except (RuntimeError, MemoryError) as error:
@@ -222,9 +223,9 @@ class HFDialogue(HFLM):
                 if smaller is None or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
                     raise
                 self.counts["out_of_memory"] += 1
-                limits = smaller
+                limits, failed = smaller, True
             # Outside the handler: the exception's traceback would keep the round's buffers alive.
-            if self.device.type == "cuda":
+            if failed and self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _find_limits(self, groups: list[Group]) -> Limits:
@@ -298,9 +299,8 @@ class HFDialogue(HFLM):
             batch = []
             while queue and free[len(batch) :]:
                 group = queue[-1]
-                longest = batch[0].length if batch else group.length
                 # One context is run whatever its length: there is no other way.
-                too_long = batch and (len(batch) + 1) * longest > limits.prefill_tokens
+                too_long = batch and sum(g.length for g in batch) + group.length > limits.prefill_tokens
                 too_many = rows + len(group.requests) > limits.rows or (self._packed() and held + group.length > limits.columns)
                 if too_long or ((batch or active) and too_many):
                     break

@@ -19,11 +19,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 ATTENTION = "shared_context"
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-COLUMN_MULTIPLE = 64  # the memory-efficient attention kernel wants an aligned mask
+COLUMN_MULTIPLE = 16  # the memory-efficient attention kernel wants an aligned mask
 HEAD_ROWS = 256  # logits of so many rows at a time
 
 
@@ -84,8 +85,9 @@ def bytes_per_token(model) -> int:
 
 
 def widest_layer(model) -> int:
-    """Most columns that any linear layer reads or writes: rows times it must stay under 2^31 (bitsandbytes' LLM.int8() overflows)."""
-    return max(max(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear))
+    """Most columns that any linear layer reads or writes: rows times it must stay under 2^31 (bitsandbytes' LLM.int8() overflows). The
+    vocabulary's layer is left out: it never gets more than HEAD_ROWS rows."""
+    return max(max(m.in_features, m.out_features) for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
 
 
 def room(turns: int) -> int:
@@ -107,10 +109,9 @@ AttentionInterface.register(ATTENTION, shared_context)
 
 
 class Slots:
-    """What both forms share: the model's forward, prefill, and which guesses are kept. A form lays contexts out and keeps their keys and
-    values (`_layout`: where each begins among the flattened tokens, ids, positions, attention) and opens a slot's rows (`_open`, the
-    lengths they see as [rows, 1]). In a step it gives guesses their lanes (`_lanes`), has columns for all (`_make_room`), runs the tokens
-    (`_run`), and lets the rows see those that were kept (`_keep`)."""
+    """What both forms share: the model's forward, prefill, and which guesses are kept. A form keeps the contexts' keys and values
+    (`_storing`: a function for all layers) and opens the slots' rows (`_open`). In a step it gives guesses their lanes (`_lanes`), has
+    columns for all (`_make_room`), runs the tokens (`_run`), and lets the rows see those that were kept (`_keep`)."""
 
     first = 0  # the first slot that is not scratch
 
@@ -149,25 +150,52 @@ class Slots:
     def prefill(self, groups: list[tuple[list[int], list[int]]], slots: list[int]) -> list[list[Row]]:
         """Run contexts (tokens, lengths at which a row begins) into slots. Returns a list of rows per group, each with the greedy token
         that follows its first `length` tokens."""
-        starts, ids, positions, attend = self._layout(groups, slots)
-        hidden = self._forward(ids.to(self.device), positions.to(self.device), attend).flatten(0, 1)
+        # One behind the other, without padding.
+        starts = [0, *itertools.accumulate(len(tokens) for tokens, _ in groups)]
+        ids = torch.tensor([token for tokens, _ in groups for token in tokens], device=self.device)
+        positions = torch.cat([torch.arange(len(tokens)) for tokens, _ in groups]).to(self.device)
+        store, mix = self._storing(groups, slots, starts, positions), self._mixing(starts)
+
+        def attend(layer, query, key, value, scaling):
+            store(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
+            return mix(query, key, value, scaling)
+
+        hidden = self._forward(ids[None], positions[None], attend)[0]
         # The vocabulary's logits are computed where a row begins and nowhere else: [rows, vocabulary], not [tokens, vocabulary].
-        at = [start + length - 1 for start, (_, lengths) in zip(starts, groups, strict=True) for length in lengths]
+        at = [start + length - 1 for start, (_, lengths) in zip(starts, groups, strict=False) for length in lengths]
         first = iter(self._likeliest(hidden[torch.tensor(at, device=self.device)]).tolist())
         rows = []
         for slot, (tokens, lengths) in zip(slots, groups, strict=True):
             self.used[slot] = len(tokens)
-            self._open(slot, torch.tensor(lengths, device=self.device)[:, None])
             rows.append([Row(slot, turn, length, next(first)) for turn, length in enumerate(lengths)])
+        self._open(slots, [lengths for _, lengths in groups])
         return rows
 
-    def _causal(self, query, key, value, scaling):
-        """Attention of whole contexts, each token over itself and what stands before it: [batch, heads, tokens, head_dim] of all."""
-        shared = self.group > 1
-        if shared and query.is_cuda and self.dtype == torch.float32:
-            # Only the kernels for 16 bits know shared key heads; the fallback would hold every score in memory.
-            key, value, shared = key.repeat_interleave(self.group, 1), value.repeat_interleave(self.group, 1), False
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
+    def _mixing(self, starts: list[int]):
+        """Attention of contexts that stand one behind the other, each token over its own context up to itself: a function of query
+        [1, heads, tokens, head_dim], key and value, that returns [1, tokens, heads, head_dim]."""
+        lengths = [stop - start for start, stop in itertools.pairwise(starts)]
+        flash, ends = self._flash(), torch.tensor(starts, dtype=torch.int32, device=self.device)
+
+        def mix(query, key, value, scaling):
+            if self.device.type == "cuda":
+                # varlen_attn of torch 2.11 takes no shared key heads; SDPA in float32 would hold every score for them.
+                key, value = key.repeat_interleave(self.group, 1), value.repeat_interleave(self.group, 1)
+            if flash:
+                flat = (t[0].transpose(0, 1) for t in (query, key, value))
+                return varlen_attn(*flat, ends, ends, max(lengths), max(lengths), scale=scaling, window_size=(-1, 0))[None]
+            shared = key.shape[1] < self.heads
+            contexts = zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
+            mixed = [F.scaled_dot_product_attention(*own, is_causal=True, scale=scaling, enable_gqa=shared) for own in contexts]
+            return torch.cat(mixed, 2).transpose(1, 2)
+
+        return mix
+
+    def _flash(self) -> bool:
+        """Whether FlashAttention's kernel for contexts of different lengths takes this model."""
+        if self.device.type != "cuda" or self.dtype not in (torch.float16, torch.bfloat16):
+            return False
+        return self.head_dim <= 256 and torch.cuda.get_device_capability(self.device) >= (8, 0)
 
     def _closed(self, *shape):
         """An additive mask that shows nothing."""
@@ -222,24 +250,13 @@ class PackedSlots(Slots):
             for kept in self.kept:
                 kept[slot] = None
 
-    def _layout(self, groups, slots):
-        """Contexts one behind the other, without padding."""
-        starts = [0]
-        for tokens, _ in groups:
-            starts.append(starts[-1] + len(tokens))
-        ids = torch.tensor([token for tokens, _ in groups for token in tokens])
-        positions = torch.cat([torch.arange(len(tokens)) for tokens, _ in groups])
-        pieces = [slice(*pair) for pair in itertools.pairwise(starts)]
+    def _storing(self, groups, slots, starts, positions):
+        def store(layer, key, value):
+            for slot, start, stop, (_, lengths) in zip(slots, starts, starts[1:], groups, strict=False):
+                columns = round_up(stop - start + room(len(lengths)), COLUMN_MULTIPLE)
+                self.kept[layer][slot] = self._longer(torch.stack((key[start:stop], value[start:stop])), columns)
 
-        def attend(layer, query, key, value, scaling):
-            mixed = []
-            for slot, piece, (_, lengths) in zip(slots, pieces, groups, strict=True):
-                columns = round_up(piece.stop - piece.start + room(len(lengths)), COLUMN_MULTIPLE)
-                self.kept[layer][slot] = self._longer(torch.stack((key[0, :, piece], value[0, :, piece])).transpose(1, 2), columns)
-                mixed.append(self._causal(query[:, :, piece], key[:, :, piece], value[:, :, piece], scaling))
-            return torch.cat(mixed, dim=2).transpose(1, 2)
-
-        return starts[:-1], ids[None], positions[None], attend
+        return store
 
     def _longer(self, old, columns: int):
         # Not zeroed: nothing behind the last column in use is ever looked at.
@@ -247,9 +264,11 @@ class PackedSlots(Slots):
         new[:, : old.shape[1]] = old
         return new
 
-    def _open(self, slot, ends) -> None:
-        columns = torch.arange(self.kept[0][slot].shape[1], device=self.device)[None]
-        self.masks[slot] = self._zeros(len(ends), columns.shape[1]).masked_fill_(columns >= ends, -torch.inf)
+    def _open(self, slots: list[int], lengths: list[list[int]]) -> None:
+        for slot, seen in zip(slots, lengths, strict=True):
+            columns = torch.arange(self.kept[0][slot].shape[1], device=self.device)[None]
+            ends = torch.tensor(seen, device=self.device)[:, None]
+            self.masks[slot] = self._zeros(len(seen), columns.shape[1]).masked_fill_(columns >= ends, -torch.inf)
 
     def _reserve(self, slot: int, end: int) -> None:
         """Room in a slot for columns up to `end`."""

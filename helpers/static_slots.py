@@ -1,5 +1,7 @@
 """Shared contexts over fixed buffers (see helpers.slots): a step in buckets of rows and columns, which a CUDA graph can hold."""
 
+from weakref import WeakKeyDictionary
+
 import torch
 import torch.nn.functional as F
 
@@ -8,6 +10,8 @@ from helpers.slots import COLUMN_MULTIPLE, Place, Row, Slots, round_up
 COLUMN_BUCKET = 512
 LANES = 16  # of a slot at least: what its rows leave free is for their guesses
 ROW_BUCKETS = (128, 1024)  # few, because capturing one costs as much as dozens of its steps
+# By model, the row buckets of which a step has run: the first one in a process loads kernels, which a capture may not.
+WARM: WeakKeyDictionary = WeakKeyDictionary()
 
 
 class OutOfColumns(Exception):
@@ -40,7 +44,7 @@ class StaticSlots(Slots):
             self.fallbacks.append(reason)
             self.captured = False
         self.graphs: dict = {}
-        self.seen: set = set()
+        self.warm: set[int] = WARM.setdefault(model, set())
         self.pool = None
         # Zeros, not empty: a masked column has weight 0, and 0 times a leftover NaN would be NaN.
         shape = (self.count, self.columns, self.kv_heads, self.head_dim)
@@ -50,28 +54,21 @@ class StaticSlots(Slots):
         self.visible = self._zeros()
         self.buffers: dict = {}
 
-    def _layout(self, groups, slots):
-        """Contexts side by side, padded on the right: few kernels for many."""
-        longest = max(len(tokens) for tokens, _ in groups)
-        ids = torch.zeros(len(groups), longest, dtype=torch.long)
-        for n, (tokens, _) in enumerate(groups):
-            ids[n, : len(tokens)] = torch.tensor(tokens)
-        positions = torch.arange(longest)[None].expand(len(groups), -1)
-        index = torch.tensor(slots, device=self.device)
+    def _storing(self, groups, slots, starts, positions):
+        lengths = torch.tensor([len(tokens) for tokens, _ in groups])
+        where = torch.tensor(slots).repeat_interleave(lengths).to(self.device), positions
 
-        def attend(layer, query, key, value, scaling):
+        def store(layer, key, value):
             for cache, new in zip(self.cache[layer], (key, value), strict=True):
-                if len(slots) == 1:
-                    cache[slots[0], :longest] = new[0].transpose(0, 1)
-                else:
-                    cache[index, :longest] = new.transpose(1, 2)
-            return self._causal(query, key, value, scaling).transpose(1, 2)
+                cache.index_put_(where, new)
 
-        return [n * longest for n in range(len(groups))], ids, positions, attend
+        return store
 
-    def _open(self, slot, ends) -> None:
-        columns = torch.arange(self.columns, device=self.device)[None]
-        self.mask[slot, :, : len(ends)] = self._zeros(len(ends), self.columns).masked_fill_(columns >= ends, -torch.inf)
+    def _open(self, slots: list[int], lengths: list[list[int]]) -> None:
+        ends = torch.tensor([[*seen, *[0] * (self.lanes - len(seen))] for seen in lengths], device=self.device)
+        closed = torch.arange(self.columns, device=self.device) >= ends[..., None]
+        opened = self._zeros(*closed.shape).masked_fill_(closed, -torch.inf)
+        self.mask[torch.tensor(slots, device=self.device)] = opened[:, None]
 
     def repack(self, keep: list[int], columns: int, rows: list[Row]) -> dict[int, int]:
         """Keep these slots and no others, with room for `columns` columns; returns where each went, and tells its `rows`. Graphs are
@@ -80,7 +77,6 @@ class StaticSlots(Slots):
         width = min(columns, self.columns)
         # A memory pool is gone with the last of its graphs; a capture into it would fail.
         self.graphs.clear()
-        self.seen.clear()
         self.pool = None
         for layer, pair in enumerate(self.cache):
             moved = tuple(self._zeros(len(kept), columns, self.kv_heads, self.head_dim) for _ in pair)
@@ -133,9 +129,10 @@ class StaticSlots(Slots):
     def _show(self, places: list[tuple[int, int, int]]) -> None:
         """Make columns visible: (slot, lane, column)."""
         if places:
-            where = torch.tensor(places).to(self.device).unbind(1)
-            for group in range(self.group):
-                self.mask[:, group].index_put_(where, self.visible)
+            self._open_columns(*torch.tensor(places).to(self.device).unbind(1))
+
+    def _open_columns(self, slot, lane, column) -> None:
+        self.mask.permute(0, 2, 3, 1).index_put_((slot, lane, column), self.visible)
 
     def _static_step(self, places: list[Place]) -> list[int]:
         count = next((n for n in ROW_BUCKETS if n >= len(places)), round_up(len(places), ROW_BUCKETS[-1]))
@@ -147,22 +144,20 @@ class StaticSlots(Slots):
         host[:, : len(places)] = torch.tensor(places).T
         inputs.copy_(host)
         key = (count, width)
-        # The first step of a shape runs eagerly, which is the warm-up that a capture needs, and all that a shape seen once gets.
-        if self.captured and key in self.seen and key not in self.graphs:
+        if self.captured and count in self.warm and key not in self.graphs:
             self._capture(key)
         if key in self.graphs:
             self.graphs[key].replay()
         else:
             self._static_forward(*key)
-            self.seen.add(key)
+            self.warm.add(count)
         return output[: len(places)].tolist()
 
     def _static_forward(self, count: int, width: int) -> None:
         """One step for `count` rows over all slots' first `width` columns; reads and writes fixed buffers only."""
         inputs, output = self.buffers[count]
         slot, lane, column, ids, positions = inputs.unbind(0)
-        for group in range(self.group):
-            self.mask[:, group].index_put_((slot, lane, column), self.visible)
+        self._open_columns(slot, lane, column)
         mask = self.mask[..., :width].reshape(self.count, 1, self.group * self.lanes, width).expand(-1, self.kv_heads, -1, -1)
         place = slot * self.lanes + lane
 

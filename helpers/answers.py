@@ -117,10 +117,12 @@ class Endings:
         # Text is decoded only when the newest token could have completed something: it holds a last character, or part of one.
         piece = self._piece(token)
         watch, always = self._watch(request)
-        if piece and "\ufffd" not in piece and not always and not any(character in piece for character in watch):
+        loose = always or not piece or "\ufffd" in piece
+        if not loose and not any(character in piece for character in watch):
             return False
-        if any(stop and stop in self.tokenizer.decode(request.made[-self._window(stop) :]) for stop in request.until):
-            return True
+        for stop in request.until:
+            if stop and (loose or stop[-1] in piece) and stop in self.tokenizer.decode(request.made[-self._window(stop) :]):
+                return True
         return request.answer_line and "\n" in self.tokenizer.decode(request.made, skip_special_tokens=True).lstrip()
 
     def text(self, request: Request) -> str:

@@ -154,22 +154,26 @@ class Slots:
         starts = [0, *itertools.accumulate(len(tokens) for tokens, _ in groups)]
         ids = torch.tensor([token for tokens, _ in groups for token in tokens], device=self.device)
         positions = torch.cat([torch.arange(len(tokens)) for tokens, _ in groups]).to(self.device)
+        # The vocabulary's logits are computed where a row begins and nowhere else: [rows, vocabulary], not [tokens, vocabulary].
+        at = [start + length - 1 for start, (_, lengths) in zip(starts, groups, strict=False) for length in lengths]
+        begin = torch.tensor(at, device=self.device)
         store, mix = self._storing(groups, slots, starts, positions), self._mixing(starts)
 
         def attend(layer, query, key, value, scaling):
             store(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
             return mix(query, key, value, scaling)
 
-        hidden = self._forward(ids[None], positions[None], attend)[0]
-        # The vocabulary's logits are computed where a row begins and nowhere else: [rows, vocabulary], not [tokens, vocabulary].
-        at = [start + length - 1 for start, (_, lengths) in zip(starts, groups, strict=False) for length in lengths]
-        first = iter(self._likeliest(hidden[torch.tensor(at, device=self.device)]).tolist())
-        rows = []
+        first = self._likeliest(self._forward(ids[None], positions[None], attend)[0, begin])
+        self._meanwhile(len(at), max(len(tokens) for tokens, _ in groups) + 1)
+        first, rows = iter(first.tolist()), []
         for slot, (tokens, lengths) in zip(slots, groups, strict=True):
             self.used[slot] = len(tokens)
             rows.append([Row(slot, turn, length, next(first)) for turn, length in enumerate(lengths)])
         self._open(slots, [lengths for _, lengths in groups])
         return rows
+
+    def _meanwhile(self, rows: int, columns: int) -> None:
+        """What the host can do for the next step while a GPU is at work on the prefill."""
 
     def _mixing(self, starts: list[int]):
         """Attention of contexts that stand one behind the other, each token over its own context up to itself: a function of query

@@ -46,8 +46,10 @@ class StaticSlots(Slots):
         self.graphs: dict = {}
         self.warm: set[int] = WARM.setdefault(model, set())
         self.pool = None
-        # Zeros, not empty: a masked column has weight 0, and 0 times a leftover NaN would be NaN.
         shape = (self.count, self.columns, self.kv_heads, self.head_dim)
+        # Given back at once, to be cut up for the layers: the driver takes long over each request, however large.
+        torch.empty(2 * self.layers, *shape, dtype=self.dtype, device=self.device)
+        # Zeros, not empty: a masked column has weight 0, and 0 times a leftover NaN would be NaN.
         self.cache = [tuple(self._zeros(*shape) for _ in range(2)) for _ in range(self.layers)]
         self.mask = self._closed(self.count, self.group, self.lanes, self.columns)
         self.mask[0] = 0
@@ -134,23 +136,28 @@ class StaticSlots(Slots):
     def _open_columns(self, slot, lane, column) -> None:
         self.mask.permute(0, 2, 3, 1).index_put_((slot, lane, column), self.visible)
 
-    def _static_step(self, places: list[Place]) -> list[int]:
-        count = next((n for n in ROW_BUCKETS if n >= len(places)), round_up(len(places), ROW_BUCKETS[-1]))
-        width = min(round_up(max(p.column for p in places) + 1, COLUMN_BUCKET), self.columns)
+    def _key(self, tokens: int, columns: int) -> tuple[int, int]:
+        """The shape of a step that runs so many tokens over so many columns."""
+        count = next((n for n in ROW_BUCKETS if n >= tokens), round_up(tokens, ROW_BUCKETS[-1]))
         if count not in self.buffers:
             self.buffers[count] = self._zeros(5, count, dtype=torch.long), self._zeros(count, dtype=torch.long)
-        inputs, output = self.buffers[count]
-        host = torch.zeros(5, count, dtype=torch.long)  # what is left over are padding rows: slot 0, column 0
+        return count, min(round_up(columns, COLUMN_BUCKET), self.columns)
+
+    def _meanwhile(self, rows: int, columns: int) -> None:
+        self._capture_if_warm(self._key(rows, columns))
+
+    def _static_step(self, places: list[Place]) -> list[int]:
+        key = self._key(len(places), max(p.column for p in places) + 1)
+        inputs, output = self.buffers[key[0]]
+        host = torch.zeros(*inputs.shape, dtype=torch.long)  # what is left over are padding rows: slot 0, column 0
         host[:, : len(places)] = torch.tensor(places).T
         inputs.copy_(host)
-        key = (count, width)
-        if self.captured and count in self.warm and key not in self.graphs:
-            self._capture(key)
+        self._capture_if_warm(key)
         if key in self.graphs:
             self.graphs[key].replay()
         else:
             self._static_forward(*key)
-            self.warm.add(count)
+            self.warm.add(key[0])
         return output[: len(places)].tolist()
 
     def _static_forward(self, count: int, width: int) -> None:
@@ -177,13 +184,22 @@ class StaticSlots(Slots):
         hidden = self._forward(ids[None], positions[None], attend)
         output.copy_(self._likeliest(hidden[0]))
 
+    def _capture_if_warm(self, key) -> None:
+        if self.captured and key[0] in self.warm and key not in self.graphs:
+            self._capture(key)
+
     def _capture(self, key) -> None:
         """Record the step as a CUDA graph; a failure is kept with its reason, and steps run eagerly from then on."""
         try:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                self._static_forward(*key)
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            # Not `torch.cuda.graph`: it would wait for the GPU and give its free memory back before it begins.
+            with torch.cuda.stream(stream):
+                graph.capture_begin(pool=self.pool)
+                try:
+                    self._static_forward(*key)
+                finally:
+                    graph.capture_end()
             self.graphs[key] = graph
             self.captures += 1
         except torch.cuda.OutOfMemoryError:

@@ -84,7 +84,8 @@ class Endings:
         self.pieces: dict[int, str] = {}
         self.windows: dict[str, int] = {}
         self.watched: dict[tuple, tuple[set[str], bool]] = {}
-        self.cleanup = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        # Asked of the tokenizer itself, whose setting need not count: transformers passes it over for BPE.
+        self.cleanup = not tokenizer.decode(tokenizer.encode("a .", add_special_tokens=False)).endswith(" .")
 
     def line_is_safe(self, until: list[str]) -> bool:
         """Whether stopping at the line's end can't change that line: a stop sequence that continues over it could still cut it."""

@@ -1,5 +1,6 @@
 """Shared contexts over fixed buffers (see helpers.slots): a step in buckets of rows and columns, which a CUDA graph can hold."""
 
+import functools
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +17,12 @@ WARM: WeakKeyDictionary = WeakKeyDictionary()
 
 class OutOfColumns(Exception):
     """The buffers can't take another token; `StaticSlots.repack` makes room."""
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def uncapturable(model) -> str | None:
@@ -172,7 +179,7 @@ class StaticSlots(Slots):
             keys, values = self.cache[layer]
             keys.index_put_((slot, column), key[0].transpose(0, 1))
             values.index_put_((slot, column), value[0].transpose(0, 1))
-            padded = query.new_zeros(self.count * self.lanes, self.heads, self.head_dim)
+            padded = query.new_empty(self.count * self.lanes, self.heads, self.head_dim)
             padded.index_copy_(0, place, query[0].transpose(0, 1))
             padded = padded.view(self.count, self.lanes, self.kv_heads, self.group, self.head_dim).permute(0, 2, 3, 1, 4)
             padded = padded.reshape(self.count, self.kv_heads, self.group * self.lanes, self.head_dim)
@@ -192,9 +199,9 @@ class StaticSlots(Slots):
         """Record the step as a CUDA graph; a failure is kept with its reason, and steps run eagerly from then on."""
         try:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            graph = torch.cuda.CUDAGraph()
             # Not `torch.cuda.graph`: it would wait for the GPU and give its free memory back before it begins.
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(capture_stream(self.device)):
                 graph.capture_begin(pool=self.pool)
                 try:
                     self._static_forward(*key)

@@ -46,12 +46,20 @@ def accuracy_table(n: dict) -> pd.DataFrame:
 def accuracy_note(n: dict) -> str:
     if not n.get("questions"):
         return "This study measures hardware only."
-    return (
+    note = (
         f"F1 and exact match in points of 100, with 95% intervals by cluster bootstrap over {n['dialogues']} dialogues: "
         f"{n['questions']} questions "
         f"on all turns, {n['last_turn']['questions']} on last turns, which are what lm-eval's own task asks. "
         f"The paper's columns are {n['paper_model']} on 50 last turns of CoQA."
     )
+    for name, data in n["evaluation"].items():
+        # bitsandbytes/backends/cuda/ops.py, int8_vectorwise_quant: a column with one large value is one for all rows.
+        if data["loading"]["quantization"].get("threshold"):
+            note += (
+                f" {name_of(n, name)} keeps a column of activations in 16 bits for the whole batch as soon as one token needs it, so its "
+                "answers, unlike the others', also depend on which questions share a batch."
+            )
+    return note
 
 
 def difference_table(n: dict, metric: str = "f1") -> pd.DataFrame:

@@ -100,6 +100,17 @@ def test_unpacked_methods_claim_no_kernel(load):
     assert load("fp16").info["quantized_layers"] == 0 and not load("fp16").info["packed"]
 
 
+@pytest.mark.parametrize("name, differs", [("int8", True), ("fp16", False)])
+def test_only_int8s_answer_depends_on_its_neighbours(load, name, differs):
+    """What the report says of LLM.int8(): an outlier in one row takes its column to 16 bits in all rows."""
+    layer = load(name).model.model.layers[0].mlp.up_proj
+    row = torch.randn(1, 1, layer.in_features, generator=torch.Generator().manual_seed(0))
+    outlier = row.index_fill(-1, torch.tensor([7]), 50.0)
+    with torch.inference_mode():
+        beside_itself, beside_outlier = (layer(torch.cat((row, other), 1))[0, 0] for other in (row, outlier))
+    assert (not torch.equal(beside_itself, beside_outlier)) == differs
+
+
 # ---- calibration ----
 
 

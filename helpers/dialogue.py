@@ -106,9 +106,10 @@ class HFDialogue(HFLM):
         self.generated: list[list[int] | None] = []
 
     def report(self) -> dict:
-        """seconds: by phase (s; what the host does for the next step while a GPU is at a prefill counts as prefill); counts: requests, groups, alone, misaligned, truncated, prefill_tokens, context_tokens (what stock
-        prefills), decode_steps, decode_tokens, guessed, guessed_right, peak_rows, graphs, out_of_memory; fallbacks: reason -> requests,
-        or -> 1 for a step that could not be captured; limits: slots, rows, prefill_tokens, columns of the last round."""
+        """seconds: by phase (s; what the host does for the next step while a GPU is at a prefill counts as prefill); counts: requests,
+        groups, alone, misaligned, truncated, prefill_tokens, context_tokens (what stock prefills), decode_steps, decode_tokens, guessed,
+        guessed_right, peak_rows, graphs, out_of_memory; fallbacks: reason -> requests, or -> 1 for a step that could not be captured;
+        limits: slots, rows, prefill_tokens, columns of the last round."""
         limits = vars(self.limits) if self.limits else None
         return {"seconds": dict(self.seconds), "counts": dict(self.counts), "fallbacks": dict(self.fallbacks), "limits": limits}
 

@@ -58,6 +58,7 @@ def _largest(model, sizes, budget_gib: float, predicted: int, seed: int, capture
     row = {"budget_gib": budget_gib, "mode": "cuda_graph" if captured else "static", "batch": 0, "predicted_batch": predicted}
     total = torch.cuda.get_device_properties(model.device).total_memory
     memory.reset_peak(model.device)
+    row["allocated_before_mb"] = torch.cuda.memory_allocated() / memory.MB  # the weights, and what libraries keep for themselves
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget_gib * 2**30 / total))
     try:
         for attempt, share in enumerate(SHARES, start=1):
@@ -77,7 +78,8 @@ def _largest(model, sizes, budget_gib: float, predicted: int, seed: int, capture
 
 @torch.no_grad()
 def largest_batches(loaded, sizes, budgets_gib: list[float], seed: int, deadline: float, progress=print) -> tuple[list[dict], str | None]:
-    """Rows {budget_gib, mode, batch, tokens_per_second, median_ms_per_token, ..., peak_reserved_mb, reason}, and why there are none.
+    """Rows {budget_gib, mode, batch, tokens_per_second, median_ms_per_token, ..., allocated_before_mb, peak_reserved_mb, reason}, and why
+    there are none.
 
     mode: "cuda_graph", or "static", the same step uncaptured, where it can't be captured. batch 0 with a reason: nothing fits.
     """

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from helpers import memory
+
 MODES = ("eager", "cuda_graph", "compile")
 ATTENTION = "static_decode"
 FUSED_ATTENTION_ROWS = 8  # up to so many rows, compiled attention is written as products and sums, which fuse, and not as SDPA
@@ -246,17 +248,7 @@ class Decoder:
         self.position.add_(1)
 
     def _capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(CAPTURE_WARMUP):
-                self._advance()
-        torch.cuda.current_stream().wait_stream(side)
-        self.reset()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._advance()
-        self.graph = graph
+        self.graph = _captured(self._advance, self.ids.device)
         self.reset()
 
     def reset(self) -> None:
@@ -290,6 +282,20 @@ class Decoder:
             torch.cuda.empty_cache()
 
 
+def _captured(work, device: torch.device) -> torch.cuda.CUDAGraph:
+    """`work` as a CUDA graph, after it has warmed up on the same stream."""
+    stream = memory.capture_stream(device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(CAPTURE_WARMUP):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    return graph
+
+
 @torch.no_grad()
 def captured_prefill(model, ids: torch.Tensor):
     """A CUDA graph of the eager prefill of `ids` (its kernels, without their launches); the caller replays it.
@@ -300,13 +306,4 @@ def captured_prefill(model, ids: torch.Tensor):
     def forward():
         return model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(CAPTURE_WARMUP):
-            forward()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        forward()
-    return graph
+    return _captured(forward, ids.device)

@@ -11,7 +11,8 @@
                                 "memory": {"reported_footprint_mb", "allocated_mb"},
                                 "prefill": rows of mode, tokens, median_ms, q25_ms, q75_ms,
                                 "decode": rows of mode, batch, median_ms_per_token, q25_..., q75_..., tokens_per_second,
-                                "largest_batch": rows of budget_gib, batch, tokens_per_second, predicted_batch (if it was tried),
+                                "largest_batch": rows of budget_gib, batch, tokens_per_second, and if it was tried predicted_batch,
+                                    allocated_before_mb,
                                 "int8_limit": int8_limit.reproduce's}
     weights                 {"codebooks": name -> 16 levels, or {"levels": 16 levels},
                              "formats": name -> {"relative_squared_error", "dtype" of the stored weights}; names nf4, fp4, uniform,
@@ -125,6 +126,10 @@ def stored_dtype(results: dict, name: str) -> str:
 def tokens_per_second_in(results: dict, name: str) -> dict[float, tuple[int, float]]:
     """Memory budget (GiB) -> largest batch that was found to fit and its tokens per second, (0, 0.0) if none did. Raises NotMeasured."""
     rows = benchmark(results, name, "largest_batch")
+    if any("predicted_batch" in row and "allocated_before_mb" not in row for row in rows):
+        raise NotMeasured(
+            f"what already lay in memory before {label(results, name)}'s largest batches was not recorded: measure them again"
+        )
     return {
         row["budget_gib"]: (row["batch"], row.get("tokens_per_second") or 0.0)
         for row in rows

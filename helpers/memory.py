@@ -9,6 +9,7 @@ Vocabulary: MB is 2**20 bytes, as `get_memory_footprint() / 2**20` is printed in
 
 import contextlib
 import ctypes
+import functools
 import gc
 import re
 import resource
@@ -120,6 +121,13 @@ def process_peak_mb() -> float:
         if found:
             return int(found[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> "torch.cuda.Stream":
+    """The stream of all captures and of what warms up for them. cuBLAS keeps a workspace (32 MiB on an H100) for every stream that it has
+    seen, until the process ends: with a stream for each capture they would add up."""
+    return torch.cuda.Stream(device)
 
 
 def reset_peak(device: torch.device) -> str | None:

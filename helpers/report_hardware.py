@@ -149,7 +149,12 @@ def profile_table(n: dict) -> pd.DataFrame:
 
 
 def largest_batch_table(n: dict) -> pd.DataFrame:
-    return _benchmark_rows(n, "largest_batch", 1)
+    """Without rows that don't say what already lay in memory: a budget of unknown size is none."""
+    known = {
+        name: data | {"largest_batch": [r for r in data.get("largest_batch") or [] if "allocated_before_mb" in r or r["batch"] == 0]}
+        for name, data in n["benchmark"].items()
+    }
+    return _benchmark_rows({**n, "benchmark": known}, "largest_batch", 1)
 
 
 def _overlap(a: dict, b: dict) -> bool:

@@ -135,12 +135,14 @@ def provenance(study: Study, configuration: Configuration | None) -> dict:
             "cuda": torch.version.cuda,
             "driver": _driver(),
         }
-    commit = _git("rev-parse", "HEAD")
+    # A copy of the tree on another machine may have no git there, or one that knows an older commit: who copied it says which it is.
+    copied = os.environ.get("GIT_COMMIT")
+    commit = copied or _git("rev-parse", "HEAD")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or os.environ.get("GIT_COMMIT"),
-        # outside a checkout nobody can tell: none, not false
-        "dirty": bool(_git("status", "--porcelain")) if commit else None,
+        "commit": commit,
+        # of a copy nobody can tell: none, not false
+        "dirty": bool(_git("status", "--porcelain")) if commit and not copied else None,
         "code_sha256": code_sha256(),
         "python": platform.python_version(),
         "packages": versions,

@@ -164,7 +164,7 @@ class Slots:
             return mix(query, key, value, scaling)
 
         first = self._likeliest(self._forward(ids[None], positions[None], attend)[0, begin])
-        self._meanwhile(len(at), max(len(tokens) for tokens, _ in groups) + 1)
+        self._meanwhile(len(at), max(*self.used, *(len(tokens) for tokens, _ in groups)) + 1)
         first, rows = iter(first.tolist()), []
         for slot, (tokens, lengths) in zip(slots, groups, strict=True):
             self.used[slot] = len(tokens)
@@ -207,6 +207,8 @@ class Slots:
 
     def forget(self, slots: list[int]) -> None:
         """What these slots hold is not needed any more; buffers that stay are written anew."""
+        for slot in slots:
+            self.used[slot] = 0
 
     # ---- decode
 
@@ -249,8 +251,9 @@ class PackedSlots(Slots):
         self.masks: list = [None] * self.count  # [rows, columns]
 
     def forget(self, slots: list[int]) -> None:
+        super().forget(slots)
         for slot in slots:
-            self.used[slot], self.masks[slot] = 0, None
+            self.masks[slot] = None
             for kept in self.kept:
                 kept[slot] = None
 

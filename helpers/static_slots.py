@@ -1,11 +1,11 @@
 """Shared contexts over fixed buffers (see helpers.slots): a step in buckets of rows and columns, which a CUDA graph can hold."""
 
-import functools
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 
+from helpers import memory
 from helpers.slots import COLUMN_MULTIPLE, Place, Row, Slots, round_up
 
 COLUMN_BUCKET = 512
@@ -17,12 +17,6 @@ WARM: WeakKeyDictionary = WeakKeyDictionary()
 
 class OutOfColumns(Exception):
     """The buffers can't take another token; `StaticSlots.repack` makes room."""
-
-
-@functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
-    return torch.cuda.Stream(device)
 
 
 def uncapturable(model) -> str | None:
@@ -201,7 +195,7 @@ class StaticSlots(Slots):
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # Not `torch.cuda.graph`: it would wait for the GPU and give its free memory back before it begins.
-            with torch.cuda.stream(capture_stream(self.device)):
+            with torch.cuda.stream(memory.capture_stream(self.device)):
                 graph.capture_begin(pool=self.pool)
                 try:
                     self._static_forward(*key)

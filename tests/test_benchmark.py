@@ -6,7 +6,7 @@ import mmap
 import pytest
 import torch
 
-from helpers import benchmark, capacity, decode, memory, params, throughput, timing
+from helpers import ROOT, benchmark, capacity, decode, memory, params, throughput, timing
 from helpers import device as machine
 
 CPU = torch.device("cpu")
@@ -313,6 +313,23 @@ def test_a_capture_that_fails_is_a_reason(load, sizes, monkeypatch):
     assert found.modes["cuda_graph"] == {"ok": False, "reason": "RuntimeError: operation not permitted when stream is capturing"}
 
 
+def test_all_captures_share_one_stream():
+    """Each further one would hold a workspace of cuBLAS for good, which the largest batches would then lack."""
+    assert [p.name for p in sorted((ROOT / "helpers").glob("*.py")) if "cuda.Stream(" in p.read_text()] == ["memory.py"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_decoder_that_is_closed_leaves_no_memory_behind(load):
+    model = load("fp16").model
+    held = []
+    for _ in range(3):
+        decoder = decode.Decoder(model, throughput.prompt(model, 2, 8, 0), 8, captured=True)
+        decoder.step()
+        decoder.close()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] == held[2]
+
+
 def test_the_largest_batch_is_the_first_that_decodes(load, sizes, monkeypatch):
     tried = []
 
@@ -328,8 +345,9 @@ def test_the_largest_batch_is_the_first_that_decodes(load, sizes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**29)
     row = capacity._largest(load("fp16").model, sizes, 8, 100, 0, captured=True)
     assert tried == [97, 92, 87] and fractions == [0.1, 1.0]
-    assert (row["batch"], row["attempts"], row["peak_reserved_mb"]) == (87, 3, 1024.0)
+    assert (row["batch"], row["attempts"], row["allocated_before_mb"], row["peak_reserved_mb"]) == (87, 3, 512.0, 1024.0)
     assert row["tokens_per_second"] == pytest.approx(87 / 2e-3)
     assert "no batch" in capacity._largest(load("fp16").model, sizes, 8, 0, 0, captured=True)["reason"]

@@ -36,6 +36,11 @@ def times(unit, key, values, mode="eager", spread=0.01):
     ]
 
 
+def largest(budgets):
+    made = {"allocated_before_mb": 1000.0}
+    return [{"budget_gib": g, "batch": b, "tokens_per_second": r, "predicted_batch": b} | made for g, (b, r) in budgets.items()]
+
+
 def machine(footprint, allocated, prefill, eager, graph, budgets, device="cuda"):
     decode = times("ms_per_token", "batch", eager) + times("ms_per_token", "batch", graph, "cuda_graph")
     return {
@@ -43,7 +48,7 @@ def machine(footprint, allocated, prefill, eager, graph, budgets, device="cuda")
         "memory": {"reported_footprint_mb": footprint, "allocated_mb": allocated},
         "prefill": times("ms", "tokens", prefill),
         "decode": decode,
-        "largest_batch": [{"budget_gib": g, "batch": b, "tokens_per_second": r, "predicted_batch": b} for g, (b, r) in budgets.items()],
+        "largest_batch": largest(budgets),
     }
 
 
@@ -123,8 +128,7 @@ def decode_times(name, eager, graph=None, spread=0.01):
 
 
 def budgets(name, **rates):
-    rows = [{"budget_gib": float(g[1:]), "batch": b, "tokens_per_second": r, "predicted_batch": b} for g, (b, r) in rates.items()]
-    return put(("benchmark", name, "largest_batch"), rows)
+    return put(("benchmark", name, "largest_batch"), largest({float(g[1:]): pair for g, pair in rates.items()}))
 
 
 def noise(ppl, f1):
@@ -242,6 +246,13 @@ def test_each_missing_piece_of_a_benchmark_is_named(results):
         rows = claims.judge(results, PAPER)
         assert {r["id"] for r in rows if r["verdict"] == OPEN} == names
         assert all("not measured" in r["evidence"] for r in rows if r["verdict"] == OPEN)
+
+
+def test_a_batch_in_a_budget_of_unknown_size_is_no_evidence(results):
+    for row in results["benchmark"]["nf4"]["largest_batch"]:
+        del row["allocated_before_mb"]
+    (found,) = [r for r in claims.judge(results, PAPER) if r["id"] == "batch_recovers"]
+    assert found["verdict"] == OPEN and "not recorded" in found["evidence"]
 
 
 def test_no_cuda_graph_leaves_the_cause_open(results):

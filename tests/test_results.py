@@ -89,6 +89,12 @@ def test_no_token_and_no_path_gets_into_a_result(here):
     assert str(ROOT) not in json.dumps(result.provenance)
 
 
+def test_the_commit_of_a_copied_tree_is_the_one_that_was_copied(here, monkeypatch):
+    monkeypatch.setenv("GIT_COMMIT", "abc123")
+    found = results.write_without(here, None, "analysis", "failed", "no").provenance
+    assert (found["commit"], found["dirty"]) == ("abc123", None)
+
+
 def test_no_results_says_what_to_run(here):
     with pytest.raises(StudyError, match="run make run-all STUDY=smollm2-135m first"):
         results.read_all(here)

@@ -134,7 +134,7 @@ bench-pipeline: $(ENV) ## time make run-all and make test, with peak memory, int
 	$(PY) tests/bench_pipeline.py
 
 bench-eval: $(ENV) ## hf-dialogue against stock lm-eval, side by side (LIMIT=dialogues)
-	$(PY) tests/bench_eval.py --study $(STUDY) --limit $(or $(LIMIT),20)
+	$(PY) tests/bench_eval.py --study $(STUDY) --limit $(or $(LIMIT),20) --configurations $(CONFIGS)
 
 bench-peer: $(ENV) ## prefill and decode beside optimum-benchmark's (pip install optimum-benchmark==0.6.0)
 	$(PY) tests/bench_peer.py --study $(STUDY)

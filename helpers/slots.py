@@ -26,6 +26,7 @@ ATTENTION = "shared_context"
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 COLUMN_MULTIPLE = 16  # the memory-efficient attention kernel wants an aligned mask
 HEAD_ROWS = 256  # logits of so many rows at a time
+TALL_ROWS = 32  # more of them are no faster as columns
 
 
 @dataclass
@@ -142,7 +143,14 @@ class Slots:
 
     def _likeliest(self, hidden):
         """Greedy tokens [rows] from hidden states [rows, width], without ever holding the logits of all rows."""
-        return torch.cat([self.model.lm_head(some).argmax(-1) for some in hidden.split(HEAD_ROWS)])
+        return torch.cat([self._logits(some).argmax(-1) for some in hidden.split(HEAD_ROWS)])
+
+    def _logits(self, hidden):
+        head = self.model.lm_head
+        if self.device.type == "cpu" and 1 < len(hidden) <= TALL_ROWS and type(head) is torch.nn.Linear and head.bias is None:
+            # The same products; a CPU is up to eight times faster when the vocabulary stands at the left.
+            return (head.weight @ hidden.T).T
+        return head(hidden)
 
     # ---- prefill
 

@@ -83,7 +83,6 @@ class Endings:
         self.tokenizer, self.think_end_token = tokenizer, think_end_token
         self.pieces: dict[int, str] = {}
         self.windows: dict[str, int] = {}
-        self.watched: dict[tuple, tuple[set[str], bool]] = {}
         # Asked of the tokenizer itself, whose setting need not count: transformers passes it over for BPE.
         self.cleanup = not tokenizer.decode(tokenizer.encode("a .", add_special_tokens=False)).endswith(" .")
 
@@ -102,13 +101,9 @@ class Endings:
             self.windows[stop] = len(self.tokenizer.encode(stop, add_special_tokens=False)) + 2
         return self.windows[stop]
 
-    def _watch(self, request: Request) -> tuple[set[str], bool]:
-        """Last characters of what may end an answer, and whether decoding may drop or move them."""
-        key = (*request.until, request.answer_line)
-        if key not in self.watched:
-            last = {stop[-1] for stop in request.until if stop} | ({"\n"} if request.answer_line else set())
-            self.watched[key] = last, self.cleanup or any(c.isspace() for c in last - {"\n"})
-        return self.watched[key]
+    def _moves(self, until: list[str]) -> bool:
+        """Whether decoding may drop or move a character that a stop sequence ends with."""
+        return self.cleanup or any(stop[-1].isspace() and stop[-1] != "\n" for stop in until if stop)
 
     def reached(self, request: Request, token: int, eos: set[int]) -> bool:
         """Add a token to a request's answer; whether it is the last."""
@@ -117,14 +112,15 @@ class Endings:
             return True
         # Text is decoded only when the newest token could have completed something: it holds a last character, or part of one.
         piece = self._piece(token)
-        watch, always = self._watch(request)
-        loose = always or not piece or "\ufffd" in piece
-        if not loose and not any(character in piece for character in watch):
-            return False
+        loose = not piece or "\ufffd" in piece or self._moves(request.until)
         for stop in request.until:
             if stop and (loose or stop[-1] in piece) and stop in self.tokenizer.decode(request.made[-self._window(stop) :]):
                 return True
-        return request.answer_line and "\n" in self.tokenizer.decode(request.made, skip_special_tokens=True).lstrip()
+        return (
+            request.answer_line
+            and (loose or "\n" in piece)
+            and "\n" in self.tokenizer.decode(request.made, skip_special_tokens=True).lstrip()
+        )
 
     def text(self, request: Request) -> str:
         """The answer as HFLM gives it (lm_eval/models/huggingface.py, `generate_until`), cut after its line if `answer_line`."""

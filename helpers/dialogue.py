@@ -216,7 +216,6 @@ class HFDialogue(HFLM):
                 self.counts["misaligned"] += misaligned
                 limits = self._find_limits(groups)
             self.limits = limits
-            failed = False
             try:
                 self._round(groups, limits, answers, bar)
             except (RuntimeError, MemoryError) as error:
@@ -224,9 +223,9 @@ class HFDialogue(HFLM):
                 if smaller is None or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
                     raise
                 self.counts["out_of_memory"] += 1
-                limits, failed = smaller, True
+                limits = smaller
             # Outside the handler: the exception's traceback would keep the round's buffers alive.
-            if failed and self.device.type == "cuda":
+            if limits is not self.limits and self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _find_limits(self, groups: list[Group]) -> Limits:

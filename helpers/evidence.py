@@ -123,10 +123,15 @@ def stored_dtype(results: dict, name: str) -> str:
     return str(value).removeprefix("torch.")
 
 
+def budget_is_known(row: dict) -> bool:
+    """Whether a row of largest_batch, if the budget was tried, says what already lay in memory; else nobody knows how large it was."""
+    return "allocated_before_mb" in row or "predicted_batch" not in row
+
+
 def tokens_per_second_in(results: dict, name: str) -> dict[float, tuple[int, float]]:
     """Memory budget (GiB) -> largest batch that was found to fit and its tokens per second, (0, 0.0) if none did. Raises NotMeasured."""
     rows = benchmark(results, name, "largest_batch")
-    if any("predicted_batch" in row and "allocated_before_mb" not in row for row in rows):
+    if not all(map(budget_is_known, rows)):
         raise NotMeasured(
             f"what already lay in memory before {label(results, name)}'s largest batches was not recorded: measure them again"
         )

@@ -124,7 +124,7 @@ def process_peak_mb() -> float:
 
 
 @functools.cache
-def capture_stream(device: torch.device) -> "torch.cuda.Stream":
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream of all captures and of what warms up for them. cuBLAS keeps a workspace (32 MiB on an H100) for every stream that it has
     seen, until the process ends: with a stream for each capture they would add up."""
     return torch.cuda.Stream(device)

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from helpers.evidence import budget_is_known
 from helpers.report_style import NONE, name_of, number, one
 
 
@@ -132,11 +133,11 @@ def limit_table(n: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _benchmark_rows(n: dict, part: str, digits: int) -> pd.DataFrame:
-    """A list of the benchmark's as it is, for all configurations; the keys become the headers."""
+def _benchmark_rows(n: dict, part: str, digits: int, wanted=lambda row: True) -> pd.DataFrame:
+    """A list of the benchmark's as it is, for all configurations, of the rows that are wanted; the keys become the headers."""
     rows = []
     for name, data in n["benchmark"].items():
-        for row in data.get(part) or []:
+        for row in filter(wanted, data.get(part) or []):
             cells = {
                 k.replace("_", " "): number(v, digits) if isinstance(v, float) else v for k, v in row.items() if not isinstance(v, list)
             }
@@ -149,12 +150,7 @@ def profile_table(n: dict) -> pd.DataFrame:
 
 
 def largest_batch_table(n: dict) -> pd.DataFrame:
-    """Without rows that don't say what already lay in memory: a budget of unknown size is none."""
-    known = {
-        name: data | {"largest_batch": [r for r in data.get("largest_batch") or [] if "allocated_before_mb" in r or r["batch"] == 0]}
-        for name, data in n["benchmark"].items()
-    }
-    return _benchmark_rows({**n, "benchmark": known}, "largest_batch", 1)
+    return _benchmark_rows(n, "largest_batch", 1, budget_is_known)
 
 
 def _overlap(a: dict, b: dict) -> bool:

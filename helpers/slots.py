@@ -187,7 +187,7 @@ class Slots:
         """Attention of contexts that stand one behind the other, each token over its own context up to itself: a function of query
         [1, heads, tokens, head_dim], key and value, that returns [1, tokens, heads, head_dim]."""
         lengths = [stop - start for start, stop in itertools.pairwise(starts)]
-        flash, ends = self._flash(), torch.tensor(starts, dtype=torch.int32, device=self.device)
+        longest, flash, ends = max(lengths), self._flash(), torch.tensor(starts, dtype=torch.int32, device=self.device)
 
         def mix(query, key, value, scaling):
             if self.device.type == "cuda":
@@ -195,7 +195,7 @@ class Slots:
                 key, value = key.repeat_interleave(self.group, 1), value.repeat_interleave(self.group, 1)
             if flash:
                 flat = (t[0].transpose(0, 1) for t in (query, key, value))
-                return varlen_attn(*flat, ends, ends, max(lengths), max(lengths), scale=scaling, window_size=(-1, 0))[None]
+                return varlen_attn(*flat, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))[None]
             shared = key.shape[1] < self.heads
             contexts = zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
             mixed = [F.scaled_dot_product_attention(*own, is_causal=True, scale=scaling, enable_gqa=shared) for own in contexts]

@@ -21,16 +21,18 @@ def _canvas(height: float):
 
 
 def _box(axes, x: float, y: float, width: float, height: float, title: str, text: str = "", colour: str = LIGHT, face: str = PALE) -> None:
-    """A box with a bold title and lines of text, wrapped to its width."""
+    """A box with a bold title and lines of text, wrapped to its width; more of them than it has room for are set smaller."""
     frame = {"boxstyle": "round,pad=0,rounding_size=0.06", "facecolor": face, "edgecolor": colour, "linewidth": 1.2}
     axes.add_patch(FancyBboxPatch((x, y), width, height, **frame))
     letters = int((width - 0.16) / 0.076)
     lines = [line for part in text.split("\n") for line in (textwrap.wrap(part, letters) or [""])] if text else []
     titles = textwrap.wrap(title, int(letters * 0.88))
-    top = y + (height - LINE * (len(titles) + len(lines))) / 2
+    pitch = min(LINE, (height - 0.08) / (len(titles) + len(lines)))
+    top = y + (height - pitch * (len(titles) + len(lines))) / 2
     for i, line in enumerate(titles + lines):
         bold = "bold" if i < len(titles) else "normal"
-        axes.text(x + width / 2, top + LINE * (i + 0.5), line, ha="center", va="center", fontsize=9 if bold == "bold" else 8.5, weight=bold)
+        size = (9 if bold == "bold" else 8.5) * pitch / LINE
+        axes.text(x + width / 2, top + pitch * (i + 0.5), line, ha="center", va="center", fontsize=size, weight=bold)
 
 
 def _arrow(axes, start: tuple, end: tuple, text: str = "") -> None:

@@ -73,8 +73,10 @@ def test_nothing_is_cut_off_and_no_text_covers_another(study, cases, name, case)
         assert across < 2 or down < 3, f"{a!r} and {b!r} overlap by {across:.0f} x {down:.0f} pixels"
 
 
-def test_diagram_texts_stay_in_their_boxes(study, cases):
+@pytest.mark.parametrize("called", ["smollm2-135m", "llama-3.2-1b-random"])
+def test_diagram_texts_stay_in_their_boxes(study, cases, called):
     """Every text that starts in a box ends in it."""
+    study = study.model_copy(update={"study": called})
     for name in ("setup_1_model", "setup_2_infra", "setup_3_eval"):
         figure = draw(study, name, cases["seven"])
         texts = visible_texts(figure)

@@ -45,7 +45,7 @@ HARMLESS = {
 INT32 = 2**31
 MAX_TURNS = 64  # rows over one context; a larger group is split
 CPU_SLOTS = 12
-CPU_CONTEXTS = 2  # the slots together hold as many columns as so many of the longest context: stock's memory is not to be passed
+CPU_CONTEXTS = 4  # of the longest context; more at a time are no faster
 CPU_GUESSED_TOKENS = 48  # guesses fill up a step of fewer tokens: it costs little more
 GUESSES = 15  # for one row
 CHEAP_TOKENS = 4  # a step of so many takes hardly longer than a step of one: they are guessed even where guesses are bad
@@ -79,19 +79,30 @@ class HFDialogue(HFLM):
 
     answer_line: a row stops when its first line with text on it ends. CoQA's metric reads no further; other tasks may, so it is off
     unless asked for. static: decode over fixed buffers (default: on CUDA). cuda_graph: as CUDA graphs. max_slots, max_rows,
-    prefill_tokens: upper limits; found from free memory where not given. Everything else is HFLM's.
+    prefill_tokens: upper limits; found from free memory where not given. contexts: how many of the longest context fit into packed slots at
+    a time (default: batch_size, for no more memory than stock takes with it; 4 if that is "auto"). Everything else is HFLM's.
 
     After a run: `seconds` by phase, `counts`, `fallbacks` (reason -> requests), `limits` (of the last round), `generated` (token ids of
     the last call's answers, in its order; None where HFLM answered).
     """
 
     def __init__(
-        self, *args, answer_line=False, static=None, cuda_graph=True, max_slots=None, max_rows=None, prefill_tokens=None, **kwargs
+        self,
+        *args,
+        answer_line=False,
+        static=None,
+        cuda_graph=True,
+        max_slots=None,
+        max_rows=None,
+        prefill_tokens=None,
+        contexts=None,
+        **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.answer_line = answer_line
         self.static = static
         self.cuda_graph = cuda_graph
+        self.contexts = int(contexts or (self.batch_size if isinstance(self.batch_size, int) else CPU_CONTEXTS))
         self.wanted = {"slots": max_slots, "rows": max_rows, "prefill_tokens": prefill_tokens}
         self.endings = Endings(self.tokenizer, self.think_end_token)
         self.reset_report()
@@ -245,7 +256,8 @@ class HFDialogue(HFLM):
         slots = min(CUDA_SLOTS if cuda else CPU_SLOTS, int(free * SLOTS_SHARE / slot_bytes), sum(len(g.requests) for g in groups))
         found = {"slots": slots, "rows": min(CUDA_ROWS if cuda else CPU_ROWS, most), "prefill_tokens": prefill}
         found = {name: max(1, int(self.wanted[name] or value)) for name, value in found.items()}
-        return Limits(**found, columns=columns * (min(found["slots"], CPU_CONTEXTS) if self._packed() else found["slots"]))
+        # Of one context at a time, another's columns take the place of its activations in the prefill, which stock needs too.
+        return Limits(**found, columns=columns * (min(found["slots"], self.contexts) if self._packed() else found["slots"]))
 
     @staticmethod
     def _columns(groups: list[Group], rows: int) -> int:
@@ -311,9 +323,11 @@ class HFDialogue(HFLM):
                 return
             contexts = [(g.requests[0].tokens, [len(r.tokens) for r in g.requests]) for g in batch]
             with self._timed("prefill"):
+                if self._packed():
+                    memory.trim()  # what earlier steps left would add to this prefill's needs
                 found = slots.prefill(contexts, free[: len(batch)])
                 if self._packed():
-                    memory.trim()  # between what is kept a prefill frees blocks of all sizes, which would add up with every one
+                    memory.trim()
             self.counts["prefill_tokens"] += sum(g.length for g in batch)
             fresh, free = free[: len(batch)], free[len(batch) :]
             for slot, group, new in zip(fresh, batch, found, strict=True):

@@ -15,7 +15,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from helpers import StudyError, results
-from helpers.dialogue import HFDialogue
+from helpers.dialogue import CPU_CONTEXTS, HFDialogue
 from helpers.models import Loaded
 from helpers.params import Configuration, Study
 
@@ -27,7 +27,7 @@ LAST_TURNS = "coqa_last_turns"
 def model(study: Study, loaded: Loaded) -> HFDialogue:
     """The loaded model as lm-eval sees it. Only CoQA's own metric is asked for, so a row may stop at the end of its answer line."""
     settings = study.evaluation
-    batch = {"batch_size": settings.batch_size, "max_slots": settings.batch_size} if settings.batch_size else {}
+    batch = {"batch_size": settings.batch_size, "max_slots": settings.batch_size} if settings.batch_size else {"contexts": CPU_CONTEXTS}
     return HFDialogue(pretrained=loaded.model, tokenizer=loaded.tokenizer, answer_line=True, **batch)
 
 

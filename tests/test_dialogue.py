@@ -105,7 +105,7 @@ def test_same_text_in_every_architecture(kind, static, tokenizer):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_a_context_longer_than_a_prefill_does_not_wait_for_the_rows_before_it(static, tiny, tokenizer):
-    expected, found, mine = both(tiny, tokenizer, MIXED, options={"prefill_tokens": 1, "static": static})
+    expected, found, mine = both(tiny, tokenizer, MIXED, options={"prefill_tokens": 1, "static": static, "contexts": 2})
     assert found == expected and mine.counts["peak_rows"] == len(MIXED)
 
 
@@ -119,9 +119,13 @@ def test_on_a_cpu_the_slots_together_hold_no_more_than_a_few_contexts(tiny, toke
 
     monkeypatch.setattr(slots.PackedSlots, "prefill", watched)
     alone = [f"{n}: {MIXED[0]}" for n in range(12)]
-    expected, found, mine = both(tiny, tokenizer, alone, until=["never this"], max_gen_toks=40)
-    assert found == expected and mine.counts["groups"] == mine.limits.slots == 12
-    assert 1 < mine.counts["peak_rows"] < 12 and max(held) <= mine.limits.columns
+    asked = {"until": ["never this"], "max_gen_toks": 40}
+    for contexts in ({}, {"batch_size": 2}, {"contexts": 3}, {"batch_size": "auto"}):
+        expected, found, mine = both(tiny, tokenizer, alone, options=contexts, **asked)
+        assert found == expected and mine.counts["groups"] == mine.limits.slots == 12
+        together = contexts.get("contexts") or {2: 2, "auto": 4}.get(contexts.get("batch_size"), 1)
+        assert together <= mine.counts["peak_rows"] < 12 and max(held) <= mine.limits.columns
+        held.clear()
 
 
 def test_batched_stock_agrees_too(tiny, tokenizer):
@@ -454,7 +458,7 @@ class Kept:
 
 def test_out_of_memory_halves_the_batch_and_keeps_finished_answers(tiny, tokenizer, monkeypatch):
     stock = HFLM(pretrained=tiny, tokenizer=tokenizer).generate_until(requests(MIXED), disable_tqdm=True)
-    mine = HFDialogue(pretrained=tiny, tokenizer=tokenizer, max_slots=2, max_rows=8)
+    mine = HFDialogue(pretrained=tiny, tokenizer=tokenizer, max_slots=2, max_rows=8, contexts=2)
     mine.cache_hook = Kept()
     fail_at(monkeypatch, 20, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"))
     assert mine.generate_until(requests(MIXED), disable_tqdm=True) == stock

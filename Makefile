@@ -66,7 +66,7 @@ endif
 
 # ---- the study ----
 
-.PHONY: run-all measure report figures check
+.PHONY: run-all measure again measure-again report figures check
 run-all: check ## run the whole study: evaluate, benchmark, compare, report (what is fresh is not run again)
 	@result=0; $(MAKE) -k --no-print-directory measure || result=$$?; \
 	$(MAKE) -k --no-print-directory report figures || result=$$?; \
@@ -81,6 +81,16 @@ measure: $(OUT)/$(2)/$(1).ipynb
 $(OUT)/$(2)/$(1).ipynb: notebooks/$(1).ipynb $(STUDY_FILE) params/$(STUDY)/$(2).yaml $(OUT)/00_setup.ipynb $(3) $(METHODS_READY)
 	@$$(NB) run notebooks/$(1).ipynb $$@ -f $(STUDY_FILE) -f params/$(STUDY)/$(2).yaml
 endef
+define AGAIN_RULE
+measure-again: $(OUT)/again/$(1)/02_benchmark.ipynb
+$(OUT)/again/$(1)/02_benchmark.ipynb: notebooks/02_benchmark.ipynb $(STUDY_FILE) params/$(STUDY)/$(1).yaml $(OUT)/00_setup.ipynb $(BENCHMARK) $(METHODS_READY)
+	@$$(NB) run notebooks/02_benchmark.ipynb $$@ -f $(STUDY_FILE) -f params/$(STUDY)/$(1).yaml -p folder $(OUT)/again
+endef
+$(foreach c,$(CONFIGS),$(eval $(call AGAIN_RULE,$(c))))
+
+again: check ## measure the hardware a second time, in new processes: the report then says how well times repeat
+	@$(MAKE) -k --no-print-directory measure-again && $(MAKE) --no-print-directory report figures
+
 # A study without dialogues measures hardware only.
 HAS_DATA := $(shell grep -s '^data:' $(STUDY_FILE))
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark,$(c),$(BENCHMARK))))
@@ -92,7 +102,7 @@ endif
 $(OUT)/00_setup.ipynb: notebooks/00_setup.ipynb $(STUDY_FILE) $(WEIGHTS) | $(ENV)
 	@$(NB) run notebooks/00_setup.ipynb $@ -f $(STUDY_FILE)
 
-RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark.json $(OUT)/*/fidelity.json $(OUT)/bench_eval.json)
+RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark.json $(OUT)/again/*/benchmark.json $(OUT)/*/fidelity.json $(OUT)/bench_eval.json)
 
 report: $(OUT)/report.html ## render the report from the results that are there
 

@@ -158,6 +158,12 @@ def _kl_and_f1(study: Study, joined: Answers, found: dict, full: str | None) -> 
     return rows
 
 
+def _times(data: dict) -> dict:
+    """A benchmark's times without their samples."""
+    keys = ("mode", "tokens", "batch", *(f"{q}_{unit}" for unit in ("ms", "ms_per_token") for q in ("q25", "median", "q75")))
+    return {part: [{k: row[k] for k in keys if k in row} for row in data[part]] for part in ("prefill", "decode")}
+
+
 def _failures(found: dict) -> list[dict]:
     return [
         {"configuration": name, "kind": kind, "status": result.status, "reason": result.reason}
@@ -219,7 +225,7 @@ def _stock(study: Study) -> dict:
 
 def analyse(study: Study) -> dict:
     """All numbers of the report, from the result files of `study`. Raises StudyError if there is none."""
-    found = results.read_all(study)
+    found, again = results.read_all(study), results.read_again(study)
     full = full_precision(found)
     paper = params.read_paper()
     numbers: dict = {
@@ -235,13 +241,14 @@ def analyse(study: Study) -> dict:
         "labels": labels(found),
         "failures": _failures(found),
         "benchmark": _ok(found, "benchmark"),
+        "again": {name: _times(result.data) for name, result in again.items() if result.status == "ok"},
         "fidelity": _ok(found, "fidelity"),
         "stock": _stock(study),
         "evaluation": {name: {k: v for k, v in data.items() if k != "files"} for name, data in _ok(found, "evaluation").items()},
         "provenance": [
             {"configuration": name, "kind": kind} | {k: v for k, v in result.provenance.items() if k not in ("study", "configuration")}
             for name, parts in found.items()
-            for kind, result in parts.items()
+            for kind, result in (*parts.items(), *([("benchmark, again", again[name])] if name in again else []))
         ],
     }
     joined = answers(study, found)

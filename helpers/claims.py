@@ -7,7 +7,7 @@ another model, another device; none if nothing). Whatever is missing gives "cann
 
 An interval decides: a claim holds if the whole interval agrees with it, does not hold if none of it does. Each is one question asked in
 advance, so the interval is not adjusted; the evidence gives p adjusted over all comparisons. Times count as different if the
-quartiles of their repeats do not overlap and the medians are more than SAME_TIME apart.
+quartiles of their repeats do not overlap and the medians are more than SAME_TIME apart, the same way round in a second run if there is one.
 """
 
 import numpy as np
@@ -16,6 +16,7 @@ from helpers import StudyError, params
 from helpers.evidence import (
     NotMeasured,
     benchmark,
+    beside_full,
     comparison,
     device,
     full,
@@ -35,7 +36,6 @@ from helpers.evidence import (
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be decided"
 
 MATCH = 0.01  # F1: a loss below one point counts as none
-SAME_TIME = 0.03  # share: repeated medians agree that well
 SAME_SIZE = 0.01  # share: less is the allocator's rounding
 UNIFORM = 1.01  # largest over smallest gap of a uniform grid
 OPTIMAL = 1.01  # error over the smallest possible one
@@ -125,7 +125,7 @@ def fifty_give_direction(results, paper):
 def equal_size(results, paper):
     reported = [size_mb(results, name, "reported_footprint_mb") for name in ("nf4", "fp4")]
     allocated = [size_mb(results, name, "allocated_mb") for name in ("nf4", "fp4")]
-    same = abs(reported[0] - reported[1]) < 0.005 and abs(allocated[0] / allocated[1] - 1) < 0.001
+    same = abs(reported[0] - reported[1]) < 0.005 and abs(allocated[0] / allocated[1] - 1) <= SAME_SIZE
     text = f"NF4 and FP4 report {reported[0]:.2f} and {reported[1]:.2f} MB, and {allocated[0]:.2f} and {allocated[1]:.2f} MB are allocated"
     return HOLDS if same else FAILS, text
 
@@ -149,13 +149,6 @@ def footprint_is_memory(results, paper):
     return HOLDS if all(equal) else FAILS, "; ".join(parts)
 
 
-def _slower(a: tuple, b: tuple) -> int:
-    """1 if b takes longer than a (quartile, median, quartile), -1 if it takes less, 0 if that is not clear."""
-    if b[0] > a[2] and b[1] > a[1] * (1 + SAME_TIME):
-        return 1
-    return -1 if b[2] < a[0] and b[1] < a[1] * (1 - SAME_TIME) else 0
-
-
 def _time_claim(results, paper, part: str, reported_key: str):
     """Are both 4-bit formats slower in eager mode at every setting that the paper reports (none of them measured: at every one)?"""
     signs, parts = [], []
@@ -166,9 +159,10 @@ def _time_claim(results, paper, part: str, reported_key: str):
         wanted = [x for x in shared if str(x) in paper["configurations"][name][reported_key]] or shared
         if not wanted:
             raise NotMeasured(f"{part} of {label(results, name)} was measured at none of {label(results, full(results))}'s settings")
-        signs += [_slower(base[x], mine[x]) for x in wanted]
+        found = [beside_full(results, name, part, "eager", x) for x in wanted]
+        signs += [sign for sign, _ in found]
         unit = "tokens" if part == "prefill" else "batch"
-        ratios = ", ".join(f"{mine[x][1] / base[x][1]:.2f} at {unit} {x}" for x in wanted)
+        ratios = ", ".join(f"{ratio} at {unit} {x}" for x, (_, ratio) in zip(wanted, found, strict=True))
         parts.append(f"{label(results, name)} takes {ratios} times as long")
     verdict = FAILS if -1 in signs else HOLDS if all(signs) else OPEN
     return verdict, f"eager: {'; '.join(parts)}{_other_modes(results, part)}"
@@ -183,7 +177,7 @@ def _other_modes(results, part: str) -> str:
             continue
         x = min(set(base) & set(nf4), default=None)
         if x is not None:
-            texts.append(f"{text}: NF4 {nf4[x][1] / base[x][1]:.2f} at {x}")
+            texts.append(f"{text}: NF4 {beside_full(results, 'nf4', part, mode, x)[1]} at {x}")
     return "".join(f"; {text}" for text in texts)
 
 
@@ -204,8 +198,10 @@ def dequantization_is_the_cause(results, paper):
     base, nf4 = (timings(results, name, "decode", "eager") for name in (full(results), "nf4"))
     if 1 not in base or 1 not in nf4:
         raise NotMeasured("decode at batch 1 was not measured in this study")
-    if _slower(base[1], nf4[1]) < 1:
-        return OPEN, f"NF4 is not slower at batch 1 (eager: {nf4[1][1]:.2f} ms a token, full precision {base[1][1]:.2f} ms)"
+    sign, ratio = beside_full(results, "nf4", "decode", "eager", 1)
+    if sign < 1:
+        said = f"eager: {nf4[1][1]:.2f} ms a token, full precision {base[1][1]:.2f} ms, {ratio} times as long"
+        return OPEN, f"NF4 is not clearly slower at batch 1 ({said})"
     try:
         quick_base, quick = (timings(results, name, "decode", "cuda_graph") for name in (full(results), "nf4"))
     except NotMeasured as missing:

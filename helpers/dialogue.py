@@ -65,7 +65,7 @@ class Limits:
     slots: int
     rows: int
     prefill_tokens: int
-    columns: int  # of all slots together; static slots have them anyway
+    columns: int  # of all slots together, and as much as a prefill needs beside them; static slots have them anyway
 
     def halved(self) -> "Limits | None":
         if max(self.slots, self.rows) == 1:
@@ -256,8 +256,14 @@ class HFDialogue(HFLM):
         slots = min(CUDA_SLOTS if cuda else CPU_SLOTS, int(free * SLOTS_SHARE / slot_bytes), sum(len(g.requests) for g in groups))
         found = {"slots": slots, "rows": min(CUDA_ROWS if cuda else CPU_ROWS, most), "prefill_tokens": prefill}
         found = {name: max(1, int(self.wanted[name] or value)) for name, value in found.items()}
-        # Of one context at a time, another's columns take the place of its activations in the prefill, which stock needs too.
-        return Limits(**found, columns=columns * (min(found["slots"], self.contexts) if self._packed() else found["slots"]))
+        if not self._packed():
+            return Limits(**found, columns=columns * found["slots"])
+        # As much as so many of the longest context need, one of them while it is run: stock needs that too.
+        return Limits(**found, columns=columns * min(found["slots"], self.contexts) + self._running(groups[0].length))
+
+    def _running(self, tokens: int) -> int:
+        """Columns that take as much memory as so many tokens' activations do in a prefill."""
+        return int(tokens * bytes_per_token(self.model) / bytes_per_column(self.model))
 
     @staticmethod
     def _columns(groups: list[Group], rows: int) -> int:
@@ -312,8 +318,11 @@ class HFDialogue(HFLM):
             while queue and free[len(batch) :]:
                 group = queue[-1]
                 # One context is run whatever its length: there is no other way.
-                too_long = batch and sum(g.length for g in batch) + group.length > limits.prefill_tokens
-                too_many = rows + len(group.requests) > limits.rows or (self._packed() and held + group.length > limits.columns)
+                tokens = sum(g.length for g in batch) + group.length
+                too_long = batch and tokens > limits.prefill_tokens
+                too_many = rows + len(group.requests) > limits.rows
+                if self._packed():
+                    too_many = too_many or held + group.length + self._running(tokens) > limits.columns
                 if too_long or ((batch or active) and too_many):
                     break
                 batch.append(queue.pop())

@@ -14,6 +14,7 @@
                                 "largest_batch": rows of budget_gib, batch, tokens_per_second, and if it was tried predicted_batch,
                                     allocated_before_mb,
                                 "int8_limit": int8_limit.reproduce's}
+    again                   the same of a second run (none: there was none); only prefill and decode are looked at
     weights                 {"codebooks": name -> 16 levels, or {"levels": 16 levels},
                              "formats": name -> {"relative_squared_error", "dtype" of the stored weights}; names nf4, fp4, uniform,
                                  int8, lloyd_max (the best 16 levels for these weights at this block size),
@@ -26,6 +27,7 @@ weights and noise are also found inside `fidelity` (configuration -> data).
 
 import numpy as np
 
+SAME_TIME = 0.03  # share: a smaller difference of medians counts as none
 LABELS = {"fp16": "FP16", "nf4": "NF4", "fp4": "FP4", "int8": "LLM.int8()", "lloyd_max": "Lloyd-Max", "uniform": "a uniform grid"}
 
 
@@ -54,9 +56,9 @@ def comparison(results: dict, metric: str, a: str, b: str) -> dict:
     raise NotMeasured(f"{metric.upper()} of {label(results, a)} and {label(results, b)} was not compared in this study")
 
 
-def benchmark(results: dict, name: str, part: str):
-    """`memory`, `prefill`, `decode` or `largest_batch` of one configuration. Raises NotMeasured."""
-    value = ((results.get("benchmark") or {}).get(name) or {}).get(part)
+def benchmark(results: dict, name: str, part: str, run: str = "benchmark"):
+    """`memory`, `prefill`, `decode` or `largest_batch` of one configuration, in a run ("again": the second). Raises NotMeasured."""
+    value = ((results.get(run) or {}).get(name) or {}).get(part)
     if not value:
         raise NotMeasured(f"{part} of {label(results, name)} was not measured in this study")
     return value
@@ -69,13 +71,36 @@ def size_mb(results: dict, name: str, which: str) -> float:
     return value
 
 
-def timings(results: dict, name: str, part: str, mode: str) -> dict[int, tuple[float, float, float]]:
+def timings(results: dict, name: str, part: str, mode: str, run: str = "benchmark") -> dict[int, tuple[float, float, float]]:
     """Prompt length or batch size -> lower quartile, median, upper quartile (ms, or ms per token). Raises NotMeasured."""
     key, unit = ("tokens", "ms") if part == "prefill" else ("batch", "ms_per_token")
-    rows = [row for row in benchmark(results, name, part) if row["mode"] == mode and row.get(f"median_{unit}") is not None]
+    rows = [row for row in benchmark(results, name, part, run) if row["mode"] == mode and row.get(f"median_{unit}") is not None]
     if not rows:
         raise NotMeasured(f"{part} of {label(results, name)} in mode {mode} was not measured in this study")
     return {row[key]: tuple(row[f"{q}_{unit}"] for q in ("q25", "median", "q75")) for row in rows}
+
+
+def _sign(a: tuple, b: tuple) -> int:
+    """1 if b takes longer than a (quartile, median, quartile), -1 if it takes less, 0 if that is not clear."""
+    if b[0] > a[2] and b[1] > a[1] * (1 + SAME_TIME):
+        return 1
+    return -1 if b[2] < a[0] and b[1] < a[1] * (1 - SAME_TIME) else 0
+
+
+def beside_full(results: dict, name: str, part: str, mode: str, x: int) -> tuple[int, str]:
+    """1 if a configuration takes longer than full precision, -1 if it takes less, 0 if that is not clear or a second run disagrees; and how
+    many times as long, as text."""
+    signs, ratios = [], []
+    for run in ("benchmark", "again"):
+        try:
+            a, b = (timings(results, who, part, mode, run)[x] for who in (full(results), name))
+        except (NotMeasured, KeyError):
+            if run == "benchmark":
+                raise
+            continue
+        signs.append(_sign(a, b))
+        ratios.append(f"{b[1] / a[1]:.2f}")
+    return signs[0] if len(set(signs)) == 1 else 0, " and again ".join(ratios)
 
 
 def weights(results: dict, part: str):

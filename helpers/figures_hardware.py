@@ -22,12 +22,13 @@ def _cells(found: dict, kind: str, key: str, value: str) -> dict[str, dict[str, 
 
 
 def _curve(axes, found, name, x, median, low, high) -> None:
-    """Median and quartiles. Every other configuration is drawn wide, so that the next one, if it coincides, does not hide it."""
+    """Median and quartiles. Every other configuration is drawn wide and behind the rest, so that none hides one that coincides."""
     colour, marker = style.look(found, name)
     narrow = (len(found) - list(found).index(name)) % 2
     width, size = (1.2, 5) if narrow else (2.6, 8)
     below, above = np.maximum(0, np.subtract(median, low)), np.maximum(0, np.subtract(high, median))
-    axes.errorbar(x, median, yerr=[below, above], color=colour, marker=marker, markersize=size, linewidth=width, elinewidth=1.2)
+    shape = {"marker": marker, "markersize": size, "linewidth": width, "elinewidth": 1.2, "zorder": 3 if narrow else 2}
+    axes.errorbar(x, median, yerr=[below, above], color=colour, **shape)
 
 
 def _column(rows: list[dict], key: str) -> list[float]:
@@ -73,7 +74,7 @@ def _paper_points(axes, found, analysis, key: str) -> bool:
     for name in found:
         for x, value in (style.paper(analysis, name, key) or {}).items():
             colour, marker = style.look(found, name)
-            axes.plot(float(x), value, marker=marker, color=colour, mfc="none", linestyle="none", markersize=6)
+            axes.plot(float(x), value, marker=marker, color=colour, mfc="none", linestyle="none", markersize=6, zorder=4)
             drawn = True
     return drawn
 

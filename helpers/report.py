@@ -15,7 +15,7 @@ from helpers import EXECUTED, ROOT, StudyError, results
 from helpers.claims import FAILS, HOLDS, OPEN
 from helpers.report_accuracy import accuracy_sentence, redraw_sentences
 from helpers.report_fidelity import perplexity_sentences
-from helpers.report_hardware import fastest_sentence, size_sentences, speed_sentences
+from helpers.report_hardware import capacity_sentence, fastest_sentence, size_sentences, speed_sentences
 from helpers.report_style import NONE, difference_of, name_of, note_line, number
 
 # ---- what was found ----
@@ -63,7 +63,7 @@ def headline(n: dict) -> list[str]:
     said += perplexity_sentences(n)[:1]
     for redraw in (n.get("redraw") or [])[-1:]:
         said.append(redraw_sentences(n, redraw)[0])
-    said += size_sentences(n) + speed_sentences(n) + fastest_sentence(n)
+    said += size_sentences(n) + speed_sentences(n) + capacity_sentence(n) + fastest_sentence(n)
     return said
 
 

@@ -1,8 +1,10 @@
 """The report on hardware: size, prefill, decode, throughput, the limit (see helpers.report)."""
 
+import statistics
+
 import pandas as pd
 
-from helpers.evidence import budget_is_known
+from helpers.evidence import NotMeasured, beside_full, budget_is_known, timings, tokens_per_second_in
 from helpers.report_style import NONE, name_of, number, one
 
 
@@ -41,8 +43,8 @@ def size_sentences(n: dict) -> list[str]:
     a, b = memory[full], memory["nf4"]
     return [
         f"NF4 takes {number(b['allocated_mb'], 1)} MB where {name_of(n, full)} takes {number(a['allocated_mb'], 1)} MB: "
-        f"{number(100 * (1 - b['allocated_mb'] / a['allocated_mb']), 1)} % less. The footprint that transformers reports leaves "
-        f"{number(b['allocated_mb'] - b['reported_footprint_mb'], 1)} MB of that out."
+        f"{number(100 * (1 - b['allocated_mb'] / a['allocated_mb']), 1)} % less. The footprint that transformers reports leaves the "
+        f"quantization state out, {number(b['quantization_state_mb'], 1)} MB."
     ]
 
 
@@ -85,9 +87,39 @@ def throughput_table(n: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _decode(n: dict, name: str, mode: str, batch: int) -> dict | None:
-    rows = n["benchmark"].get(name, {}).get("decode", [])
+def _crossover(n: dict, name: str, mode: str) -> str:
+    """From which measured batch size on every step takes longer than full precision's, and where it takes less."""
+    try:
+        shared = sorted(set(timings(n, name, "decode", mode)) & set(timings(n, n["full"], "decode", mode)))
+    except NotMeasured:
+        return NONE
+    signs = [beside_full(n, name, "decode", mode, batch)[0] for batch in shared]
+    slower = [batch for at, batch in enumerate(shared) if all(sign == 1 for sign in signs[at:])]
+    faster = [str(batch) for batch, sign in zip(shared, signs, strict=True) if sign == -1]
+    said = f"slower from batch {slower[0]}" if slower else f"not clearly slower at batch {shared[-1]}"
+    return said + (f", faster at batch {', '.join(faster)}" if faster else "")
+
+
+def crossover_table(n: dict) -> pd.DataFrame:
+    modes = dict.fromkeys(row["mode"] for data in n["benchmark"].values() for row in data["decode"])
+    others = [name for name in n["benchmark"] if name != n["full"]] if n["full"] in n["benchmark"] else []
+    return pd.DataFrame([{"Configuration": name_of(n, name)} | {mode: _crossover(n, name, mode) for mode in modes} for name in others])
+
+
+def _decode(n: dict, name: str, mode: str, batch: int, run: str = "benchmark") -> dict | None:
+    rows = n.get(run, {}).get(name, {}).get("decode", [])
     return one([r for r in rows if r["mode"] == mode and r["batch"] == batch])
+
+
+def _ratio(n: dict, mode: str, batch: int) -> str:
+    """How many times as long NF4's step takes as full precision's, in every run that measured both."""
+    said = []
+    for run in ("benchmark", "again"):
+        a, b = (_decode(n, name, mode, batch, run) for name in (n["full"], "nf4"))
+        if a and b:
+            times = f"{number(b['median_ms_per_token'] / a['median_ms_per_token'])} times"
+            said.append("within the spread of the samples" if _overlap(a, b) else times)
+    return said[0] + (f"; {said[1]} in a second run" if said[1:] else "")
 
 
 def speed_sentences(n: dict) -> list[str]:
@@ -100,15 +132,48 @@ def speed_sentences(n: dict) -> list[str]:
         for batch in dict.fromkeys([*batches[:1], *batches[-1:]]):
             a, b = _decode(n, full, mode, batch), _decode(n, "nf4", mode, batch)
             if a and b:
-                ratio = f"{number(b['median_ms_per_token'] / a['median_ms_per_token'])} times"
                 parts.append(
                     f"at batch {batch} {number(b['median_ms_per_token'])} ms against {number(a['median_ms_per_token'])} ms per step "
-                    f"({'within the spread of the samples' if _overlap(a, b) else ratio})"
+                    f"({_ratio(n, mode, batch)})"
                 )
         if parts:
             where = {"cpu": "CPU", "cuda": "GPU"}[n["benchmark"]["nf4"]["device"]]
             said.append(f"Decoding with NF4 against {name_of(n, full)} on the {where}, mode {mode}: {', '.join(parts)}.")
     return said
+
+
+def repeat_table(n: dict) -> pd.DataFrame:
+    """How far apart the medians of the two runs are, by mode: the larger over the smaller, less one."""
+    rows = []
+    modes = dict.fromkeys(row["mode"] for data in n["benchmark"].values() for row in data["decode"])
+    for part, at, unit in (("prefill", "tokens", "ms"), ("decode", "batch", "ms_per_token")):
+        for mode in modes:
+            apart = {}
+            for name, again in n.get("again", {}).items():
+                first = {r[at]: r for r in n["benchmark"].get(name, {}).get(part, []) if r["mode"] == mode}
+                for second in (r for r in again[part] if r["mode"] == mode and r[at] in first):
+                    low, high = sorted(r[f"median_{unit}"] for r in (first[second[at]], second))
+                    apart[name, second[at]] = 100 * (high / low - 1)
+            if apart:
+                name, size = max(apart, key=apart.get)
+                largest = f"{number(apart[name, size], 1)} % ({name_of(n, name)}, {at} {size})"
+                rows.append(
+                    {
+                        "": part.capitalize(),
+                        "Mode": mode,
+                        "Medians measured twice": len(apart),
+                        "Half are no more apart than": f"{number(statistics.median(apart.values()), 1)} %",
+                        "Largest": largest,
+                        "Within 3 %": f"{number(100 * sum(p <= 3 for p in apart.values()) / len(apart), 0)} %",
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def repeat_note(n: dict) -> str:
+    if not n.get("again"):
+        return "Measured once. make again measures a second time."
+    return "Apart: the larger of the two medians over the smaller, less one."
 
 
 def limit_table(n: dict) -> pd.DataFrame:
@@ -153,6 +218,21 @@ def largest_batch_table(n: dict) -> pd.DataFrame:
     return _benchmark_rows(n, "largest_batch", 1, budget_is_known)
 
 
+def capacity_sentence(n: dict) -> list[str]:
+    """What the memory that NF4 frees buys: the largest batches of the smallest and the largest budget that both could use."""
+    try:
+        base, nf4 = (tokens_per_second_in(n, name) for name in (n["full"], "nf4"))
+    except NotMeasured:
+        return []
+    shared = sorted(gib for gib in set(base) & set(nf4) if base[gib][1] and nf4[gib][1])
+    parts = [
+        f"in {number(gib, 0)} GiB {number(nf4[gib][1], 0)} tokens per second ({number(nf4[gib][0], 0)} rows) against "
+        f"{number(base[gib][1], 0)} ({number(base[gib][0], 0)} rows), {number(nf4[gib][1] / base[gib][1])} times"
+        for gib in dict.fromkeys([*shared[:1], *shared[-1:]])
+    ]
+    return [f"Batches as large as a memory budget allows, NF4 against {name_of(n, n['full'])}: {'; '.join(parts)}."] if parts else []
+
+
 def _overlap(a: dict, b: dict) -> bool:
     """Whether the quartiles of two cells leave open which is faster."""
     return max(a["q25_ms_per_token"], b["q25_ms_per_token"]) <= min(a["q75_ms_per_token"], b["q75_ms_per_token"])
@@ -167,6 +247,12 @@ def fastest_sentence(n: dict) -> list[str]:
             best[name] = min(rows, key=lambda r: r["median_ms_per_token"])
     if len(best) < 2:
         return []
-    order = sorted(best, key=lambda name: best[name]["median_ms_per_token"])
-    said = ", ".join(f"{name_of(n, c)} {number(best[c]['median_ms_per_token'])} ms ({best[c]['mode']})" for c in order)
-    return [f"One step at batch 1 in each format's fastest mode: {said}."]
+    parts, twice = [], False
+    for name in sorted(best, key=lambda name: best[name]["median_ms_per_token"]):
+        row = best[name]
+        again = _decode(n, name, row["mode"], 1, "again")
+        twice = twice or again is not None
+        both = [number(r["median_ms_per_token"]) for r in (row, again) if r]
+        parts.append(f"{name_of(n, name)} {' and '.join(dict.fromkeys(both))} ms ({row['mode']})")
+    runs = " (both medians where two runs differ)" if twice else ""
+    return [f"One step at batch 1 in each format's fastest mode{runs}: {', '.join(parts)}."]

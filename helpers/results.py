@@ -2,6 +2,7 @@
 
     executed/STUDY/setup.json
     executed/STUDY/CONFIGURATION/{evaluation,benchmark,fidelity}.json
+    executed/STUDY/again/CONFIGURATION/benchmark.json   the hardware measured a second time (make again)
     executed/STUDY/CONFIGURATION/samples_TASK.jsonl     lm-eval's own format, a line per question
     executed/STUDY/CONFIGURATION/lm_eval.json           lm-eval's own results
     executed/STUDY/analysis.json                        everything that the report and the README say
@@ -271,15 +272,28 @@ def read(source: Path) -> Result:
     return result
 
 
+def _read_own(study: Study, kind: Kind, pattern: str) -> dict[str, Result]:
+    """configuration -> result, of the study's files of that kind. Raises StudyError if one belongs elsewhere."""
+    found = {}
+    for source in sorted(folder(study).glob(pattern)):
+        result = read(source)
+        if (result.kind, result.study, result.configuration) != (kind, study.study, source.parent.name):
+            raise StudyError(f"{clean(str(source))}: belongs to {result.study}/{result.configuration}/{result.kind}; delete it")
+        found[source.parent.name] = result
+    return found
+
+
+def read_again(study: Study) -> dict[str, Result]:
+    """configuration -> benchmark of the second run; empty if there was none."""
+    return _read_own(study, "benchmark", "again/*/benchmark.json")
+
+
 def read_all(study: Study) -> dict[str, dict[str, Result]]:
     """configuration -> kind -> result, of all that a study has; full precision first."""
     found: dict[str, dict[str, Result]] = {}
     for kind in ("evaluation", "benchmark", "fidelity"):
-        for source in sorted(folder(study).glob(f"*/{kind}.json")):
-            result = read(source)
-            if (result.kind, result.study, result.configuration) != (kind, study.study, source.parent.name):
-                raise StudyError(f"{clean(str(source))}: belongs to {result.study}/{result.configuration}/{result.kind}; delete it")
-            found.setdefault(source.parent.name, {})[kind] = result
+        for name, result in _read_own(study, kind, f"*/{kind}.json").items():
+            found.setdefault(name, {})[kind] = result
     if not found:
         raise StudyError(f"{clean(str(folder(study)))}: holds no results yet; run make run-all STUDY={study.study} first")
     order = {"fp16": 0, "int8": 1, "fp8": 2, "gptq": 3, "awq": 4, "nf4": 5, "fp4": 6}

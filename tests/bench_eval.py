@@ -7,7 +7,8 @@ bench_eval_last_turns.json) and exits with 1 if a target is missed:
 - of coqa_last_turns, which is what stock `coqa` asks and shares nothing: at least 4;
 - in float32 the same predictions, F1 and EM; else every differing prediction is listed with the logit gap where the two part (a CPU with
   AVX512-BF16 counts as "else" for 4-bit weights: bitsandbytes' kernel for it rounds to bfloat16);
-- peak memory no more than stock's at the same batch size (on a GPU hf-dialogue takes no batch size and finds its own).
+- peak memory no more than stock's at the same batch size (on a GPU hf-dialogue takes no batch size and finds its own; --contexts lets it
+  hold more of the longest contexts than the batch size on a CPU).
 
 `prefill_bound` is the ratio that would be reached if generation cost nothing: stock's seconds over hf-dialogue's prefill alone.
 
@@ -152,7 +153,7 @@ def compare(stock: dict, mine: dict, lm: HFDialogue) -> dict:
     return {"identical_share": 1 - len(different) / len(pairs), "different": different}
 
 
-def bench(study, name: str, limit: int, sizes: list[int], tasks: list[str], rounds: int) -> dict:
+def bench(study, name: str, limit: int, sizes: list[int], tasks: list[str], rounds: int, contexts: int | None) -> dict:
     configuration = params.read_configuration(study.study, name)
     model, tokenizer, info = models.load(study, configuration)
     device, longest = info["device"], study.evaluation.max_gen_toks
@@ -165,7 +166,7 @@ def bench(study, name: str, limit: int, sizes: list[int], tasks: list[str], roun
         return run(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size), task, manager, longest, device) | {"batch_size": size}
 
     def mine(task: str, size: int) -> tuple[dict, HFDialogue]:
-        lm = HFDialogue(pretrained=model, tokenizer=tokenizer, answer_line=True, batch_size=size)
+        lm = HFDialogue(pretrained=model, tokenizer=tokenizer, answer_line=True, batch_size=size, contexts=contexts)
         return run(lm, task, manager, longest, device) | {"engine": lm.report()}, lm
 
     mine(LAST, sizes[0])  # warm-up of both sides' kernels: they are the same
@@ -244,6 +245,7 @@ def main() -> None:
     parser.add_argument("--configurations", nargs="*", help="default: all of the study's")
     parser.add_argument("--tasks", nargs="+", choices=[LAST, TURNS], default=[LAST, TURNS], help="last turns alone take seconds")
     parser.add_argument("--stock-batch-sizes", nargs="+", type=int, help="default: 1 8 on a CPU, 1 8 32 64 on a GPU")
+    parser.add_argument("--contexts", type=int, help="hf-dialogue's, on a CPU; default: the batch size that stock gets")
     parser.add_argument("--rounds", type=int, help="of the last turns, by both in turn; default: 1 on a CPU, 5 on a GPU")
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -255,7 +257,7 @@ def main() -> None:
     target = results.folder(study) / ("bench_eval.json" if TURNS in given.tasks else "bench_eval_last_turns.json")
     found = {}
     for name in given.configurations or params.configurations(given.study):
-        found[name] = bench(study, name, given.limit, sizes, given.tasks, rounds)
+        found[name] = bench(study, name, given.limit, sizes, given.tasks, rounds, given.contexts)
         for task in given.tasks:
             r = found[name]["tasks"][task]
             print(
@@ -268,7 +270,8 @@ def main() -> None:
             print(f"{name} missed: {line}", flush=True)
         # written after every configuration: an interrupted run keeps what it has
         threads = {"torch_threads": torch.get_num_threads(), "load_average": psutil.getloadavg()[0]}
-        whole = {"provenance": results.provenance(study, None), "limit": given.limit, **threads, "configurations": found}
+        asked = {"limit": given.limit, "contexts": given.contexts}
+        whole = {"provenance": results.provenance(study, None), **asked, **threads, "configurations": found}
         results.write_json(target, whole)
     print(f"wrote {target.relative_to(ROOT)}")
     sys.exit(any(r["missed"] for r in found.values()))

@@ -103,6 +103,34 @@ def test_a_study_in_which_the_paper_is_right(results):
     assert all(r["evidence"] for r in rows)
 
 
+def second_run(results, *swapped):
+    """The same times again, those of full precision and NF4 swapped in these parts."""
+    again = {name: {part: copy.deepcopy(data[part]) for part in ("prefill", "decode")} for name, data in results["benchmark"].items()}
+    for part in swapped:
+        again["fp16"][part], again["nf4"][part] = again["nf4"][part], again["fp16"][part]
+    results["again"] = again
+
+
+TIMED = ("prefill_slower", "decode_slower", "throughput_lower", "dequantization_is_the_cause")
+
+
+def test_times_must_differ_the_same_way_in_a_second_run(results):
+    second_run(results)
+    rows = {r["id"]: r for r in claims.judge(results, PAPER)}
+    assert all(rows[name]["verdict"] == HOLDS for name in TIMED)
+    assert "1.50 and again 1.50 at batch 1" in rows["decode_slower"]["evidence"]
+    second_run(results, "decode")
+    assert [verdict(results, name) for name in TIMED] == [HOLDS, OPEN, OPEN, OPEN]
+    second_run(results, "prefill")
+    assert [verdict(results, name) for name in TIMED] == [OPEN, HOLDS, HOLDS, HOLDS]
+
+
+def test_a_second_run_of_one_side_alone_decides_nothing(results):
+    second_run(results, "decode")
+    del results["again"]["fp16"]
+    assert [verdict(results, name) for name in TIMED] == [HOLDS] * 4
+
+
 def compared(a, b, low, high):
     def change(results):
         results["comparisons"] = [r for r in results["comparisons"] if {r["a"], r["b"]} != {a, b}] + [row(a, b, low, high)]

@@ -462,7 +462,8 @@ def test_out_of_memory_halves_the_batch_and_keeps_finished_answers(tiny, tokeniz
     mine.cache_hook = Kept()
     fail_at(monkeypatch, 20, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"))
     assert mine.generate_until(requests(MIXED), disable_tqdm=True) == stock
-    columns = mine._columns(group_by_prefix(mine._prepare(requests(MIXED), range(len(MIXED))))[0], CPU_ROWS)
+    groups, _ = group_by_prefix(mine._prepare(requests(MIXED), range(len(MIXED))))
+    columns = (2 * mine._columns(groups, CPU_ROWS) + mine._running(groups[0].length)) // 2
     assert mine.counts["out_of_memory"] == 1 and vars(mine.limits) == {"slots": 1, "rows": 4, "prefill_tokens": 256, "columns": columns}
     assert sorted(mine.cache_hook.answers) == sorted(zip(MIXED, stock, strict=True)), "an answer was lost or given twice"
 

@@ -52,6 +52,11 @@ def test_run_all_resumes_repeats_nothing_and_keeps_good_configurations_beside_a_
     assert again.returncode == 0 and "started" not in again.stdout
     assert time.monotonic() - start < 10  # 2 s on a quiet machine: make bench-pipeline records it
 
+    first = result(project, "fp16", "benchmark")
+    assert make("again", "CONFIGS=fp16").returncode == 0
+    assert result(project, "fp16", "benchmark") == first and result(project, "again/fp16", "benchmark")["status"] == "ok"
+    assert "Medians measured twice" in (project / "executed/tiny/report.html").read_text()
+
     (project / "params/tiny/nf4.yaml").write_text((project / "params/tiny/nf4.yaml").read_text() + "\n# touched\n")
     planned = make("-n", "measure").stdout
     assert "nf4/01_evaluate" in planned and "fp16/" not in planned

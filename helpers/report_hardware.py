@@ -57,7 +57,7 @@ def prefill_table(n: dict) -> pd.DataFrame:
     for name, data in n["benchmark"].items():
         for mode in dict.fromkeys(row["mode"] for row in data["prefill"]):
             cells = {f"{r['tokens']} tokens, ms": _spread(r, "ms") for r in data["prefill"] if r["mode"] == mode}
-            reported = n["paper"].get(name, {}).get("prefill_ms", {})
+            reported = n["paper"].get(name, {}).get("prefill_ms", {}) if mode == "eager" else {}
             rows.append(
                 {"Configuration": name_of(n, name), "Mode": mode} | cells | {f"Paper: {t}, ms": number(v, 1) for t, v in reported.items()}
             )

@@ -179,10 +179,11 @@ def _memory(study, found, analysis) -> str:
 
 def _tokens(study, found, analysis) -> str:
     """n, and why perplexities have no interval where they have none."""
-    data = measured(found, "fidelity").values()
-    counts = sorted({(d["tokens"], d["dialogues"]) for d in data})
+    rows = measured(found, "fidelity")
+    counts = sorted({(d["tokens"], d["dialogues"]) for d in rows.values()})
     n = "; ".join(f"{tokens:,} tokens of {dialogues:,} dialogues" for tokens, dialogues in counts)
-    reasons = sorted({dig(d, "perplexity.all.reason") for d in data} - {None})
+    # Full precision does not differ from itself.
+    reasons = sorted({dig(d, "perplexity.all.reason") for name, d in rows.items() if name != analysis.get("full")} - {None})
     return " ".join([f"n = {n}.", *(f"Perplexity: {reason}." for reason in reasons)])
 
 

@@ -251,6 +251,14 @@ def test_captions_say_n_spread_and_hardware_from_the_results(study, four):
         assert "  " not in figures.caption(name, study, found, analysis)
 
 
+def test_a_perplexity_without_interval_is_explained_unless_it_is_full_precisions_own(study, four):
+    found, analysis = four
+    for name, few in (("fp16", 0), ("nf4", 3)):
+        found[name]["fidelity"].data["perplexity"]["all"]["reason"] = f"no interval: only {few} of 50 dialogues differ, fewer than 5"
+    text = figures.caption("fig6_summary_metrics", study, found, analysis | {"full": "fp16"})
+    assert "Perplexity: no interval: only 3 of 50" in text and "only 0 of 50" not in text
+
+
 def test_captions_of_times_say_what_disturbed_them_and_which_mode_is_missing(study, four):
     found, analysis = four
     found["int8"]["benchmark"].data |= {

@@ -72,28 +72,22 @@ run-all: check ## run the whole study: evaluate, benchmark, compare, report (wha
 	$(MAKE) -k --no-print-directory report figures || result=$$?; \
 	[ $$result = 0 ] && echo "report: $(OUT)/report.html" || echo "not everything worked: see the lines with FAILED above, and make status"; exit $$result
 
-check: $(ENV)
-	@$(PY) -m helpers.params $(STUDY) $(CONFIGS)
-
-# $(1) notebook  $(2) configuration  $(3) further prerequisites
-define CONFIGURATION_RULE
-measure: $(OUT)/$(2)/$(1).ipynb
-$(OUT)/$(2)/$(1).ipynb: notebooks/$(1).ipynb $(STUDY_FILE) params/$(STUDY)/$(2).yaml $(OUT)/00_setup.ipynb $(3) $(METHODS_READY)
-	@$$(NB) run notebooks/$(1).ipynb $$@ -f $(STUDY_FILE) -f params/$(STUDY)/$(2).yaml
-endef
-define AGAIN_RULE
-measure-again: $(OUT)/again/$(1)/02_benchmark.ipynb
-$(OUT)/again/$(1)/02_benchmark.ipynb: notebooks/02_benchmark.ipynb $(STUDY_FILE) params/$(STUDY)/$(1).yaml $(OUT)/00_setup.ipynb $(BENCHMARK) $(METHODS_READY)
-	@$$(NB) run notebooks/02_benchmark.ipynb $$@ -f $(STUDY_FILE) -f params/$(STUDY)/$(1).yaml -p folder $(OUT)/again
-endef
-$(foreach c,$(CONFIGS),$(eval $(call AGAIN_RULE,$(c))))
-
 again: check ## measure the hardware a second time, in new processes: the report then says how well times repeat
 	@$(MAKE) -k --no-print-directory measure-again && $(MAKE) --no-print-directory report figures
 
+check: $(ENV)
+	@$(PY) -m helpers.params $(STUDY) $(CONFIGS)
+
+# $(1) notebook  $(2) configuration  $(3) further prerequisites  $(4) folder of a second run
+define CONFIGURATION_RULE
+measure$(if $(4),-$(4)): $(OUT)/$(if $(4),$(4)/)$(2)/$(1).ipynb
+$(OUT)/$(if $(4),$(4)/)$(2)/$(1).ipynb: notebooks/$(1).ipynb $(STUDY_FILE) params/$(STUDY)/$(2).yaml $(OUT)/00_setup.ipynb $(3) $(METHODS_READY)
+	@$$(NB) run notebooks/$(1).ipynb $$@ -f $(STUDY_FILE) -f params/$(STUDY)/$(2).yaml $(if $(4),-p folder $(OUT)/$(4))
+endef
 # A study without dialogues measures hardware only.
 HAS_DATA := $(shell grep -s '^data:' $(STUDY_FILE))
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark,$(c),$(BENCHMARK))))
+$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark,$(c),$(BENCHMARK),again)))
 ifneq ($(HAS_DATA),)
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,01_evaluate,$(c),$(EVALUATE))))
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,03_fidelity,$(c),$(FIDELITY))))

@@ -125,7 +125,9 @@ def fifty_give_direction(results, paper):
 def equal_size(results, paper):
     reported = [size_mb(results, name, "reported_footprint_mb") for name in ("nf4", "fp4")]
     allocated = [size_mb(results, name, "allocated_mb") for name in ("nf4", "fp4")]
-    same = abs(reported[0] - reported[1]) < 0.005 and abs(allocated[0] / allocated[1] - 1) <= SAME_SIZE
+    tensors = [size_mb(results, name, "tensors_mb") for name in ("nf4", "fp4")]
+    rounded = abs(allocated[0] / allocated[1] - 1) <= SAME_SIZE
+    same = abs(reported[0] - reported[1]) < 0.005 and abs(tensors[0] / tensors[1] - 1) < 0.001 and rounded
     text = f"NF4 and FP4 report {reported[0]:.2f} and {reported[1]:.2f} MB, and {allocated[0]:.2f} and {allocated[1]:.2f} MB are allocated"
     return HOLDS if same else FAILS, text
 

@@ -31,7 +31,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from tqdm import tqdm
 
-from helpers import memory
 from helpers.answers import Endings, Group, Request, group_by_prefix, guess
 from helpers.slots import PackedSlots, Row, Slots, bytes_per_column, bytes_per_token, room, unsupported, widest_layer
 from helpers.static_slots import OutOfColumns, StaticSlots
@@ -80,7 +79,7 @@ class HFDialogue(HFLM):
     answer_line: a row stops when its first line with text on it ends. CoQA's metric reads no further; other tasks may, so it is off
     unless asked for. static: decode over fixed buffers (default: on CUDA). cuda_graph: as CUDA graphs. max_slots, max_rows,
     prefill_tokens: upper limits; found from free memory where not given. contexts: how many of the longest context fit into packed slots at
-    a time (default: batch_size, for no more memory than stock takes with it; 4 if that is "auto"). Everything else is HFLM's.
+    a time (default: batch_size, for about the memory that stock takes with it; CPU_CONTEXTS if that is "auto"). Everything else is HFLM's.
 
     After a run: `seconds` by phase, `counts`, `fallbacks` (reason -> requests), `limits` (of the last round), `generated` (token ids of
     the last call's answers, in its order; None where HFLM answered).
@@ -332,11 +331,7 @@ class HFDialogue(HFLM):
                 return
             contexts = [(g.requests[0].tokens, [len(r.tokens) for r in g.requests]) for g in batch]
             with self._timed("prefill"):
-                if self._packed():
-                    memory.trim()  # what earlier steps left would add to this prefill's needs
                 found = slots.prefill(contexts, free[: len(batch)])
-                if self._packed():
-                    memory.trim()
             self.counts["prefill_tokens"] += sum(g.length for g in batch)
             fresh, free = free[: len(batch)], free[len(batch) :]
             for slot, group, new in zip(fresh, batch, found, strict=True):

@@ -8,7 +8,7 @@
     comparisons             rows of statistics.compare_all on all questions, metrics f1 and em
     redraw                  list of redraw.redraw results; the first is used
     benchmark               configuration -> {"device": "cpu" or "cuda",
-                                "memory": {"reported_footprint_mb", "allocated_mb"},
+                                "memory": {"reported_footprint_mb", "allocated_mb", "tensors_mb"},
                                 "prefill": rows of mode, tokens, median_ms, q25_ms, q75_ms,
                                 "decode": rows of mode, batch, median_ms_per_token, q25_..., q75_..., tokens_per_second,
                                 "largest_batch": rows of budget_gib, batch, tokens_per_second, and if it was tried predicted_batch,
@@ -87,20 +87,25 @@ def _sign(a: tuple, b: tuple) -> int:
     return -1 if b[2] < a[0] and b[1] < a[1] * (1 - SAME_TIME) else 0
 
 
-def beside_full(results: dict, name: str, part: str, mode: str, x: int) -> tuple[int, str]:
-    """1 if a configuration takes longer than full precision, -1 if it takes less, 0 if that is not clear or a second run disagrees; and how
-    many times as long, as text."""
-    signs, ratios = [], []
+def paired_timings(results: dict, name: str, part: str, mode: str, x: int) -> list[tuple[tuple, tuple]]:
+    """(full precision's, a configuration's) times at x, as `timings` gives them, of every run that measured both; this one comes first.
+    Raises NotMeasured or KeyError if this one did not."""
+    found = []
     for run in ("benchmark", "again"):
         try:
-            a, b = (timings(results, who, part, mode, run)[x] for who in (full(results), name))
+            found.append(tuple(timings(results, who, part, mode, run)[x] for who in (full(results), name)))
         except (NotMeasured, KeyError):
             if run == "benchmark":
                 raise
-            continue
-        signs.append(_sign(a, b))
-        ratios.append(f"{b[1] / a[1]:.2f}")
-    return signs[0] if len(set(signs)) == 1 else 0, " and again ".join(ratios)
+    return found
+
+
+def beside_full(results: dict, name: str, part: str, mode: str, x: int) -> tuple[int, str]:
+    """1 if a configuration takes longer than full precision, -1 if it takes less, 0 if that is not clear or a second run disagrees; and how
+    many times as long, as text."""
+    pairs = paired_timings(results, name, part, mode, x)
+    signs = {_sign(a, b) for a, b in pairs}
+    return signs.pop() if len(signs) == 1 else 0, " and again ".join(f"{b[1] / a[1]:.2f}" for a, b in pairs)
 
 
 def weights(results: dict, part: str):

@@ -4,7 +4,7 @@ import statistics
 
 import pandas as pd
 
-from helpers.evidence import NotMeasured, beside_full, budget_is_known, timings, tokens_per_second_in
+from helpers.evidence import NotMeasured, beside_full, budget_is_known, paired_timings, timings, tokens_per_second_in
 from helpers.report_style import NONE, name_of, number, one
 
 
@@ -100,10 +100,13 @@ def _crossover(n: dict, name: str, mode: str) -> str:
     return said + (f", faster at batch {', '.join(faster)}" if faster else "")
 
 
+def _modes(n: dict) -> list[str]:
+    return list(dict.fromkeys(row["mode"] for data in n["benchmark"].values() for row in data["decode"]))
+
+
 def crossover_table(n: dict) -> pd.DataFrame:
-    modes = dict.fromkeys(row["mode"] for data in n["benchmark"].values() for row in data["decode"])
     others = [name for name in n["benchmark"] if name != n["full"]] if n["full"] in n["benchmark"] else []
-    return pd.DataFrame([{"Configuration": name_of(n, name)} | {mode: _crossover(n, name, mode) for mode in modes} for name in others])
+    return pd.DataFrame([{"Configuration": name_of(n, name)} | {mode: _crossover(n, name, mode) for mode in _modes(n)} for name in others])
 
 
 def _decode(n: dict, name: str, mode: str, batch: int, run: str = "benchmark") -> dict | None:
@@ -113,12 +116,10 @@ def _decode(n: dict, name: str, mode: str, batch: int, run: str = "benchmark") -
 
 def _ratio(n: dict, mode: str, batch: int) -> str:
     """How many times as long NF4's step takes as full precision's, in every run that measured both."""
-    said = []
-    for run in ("benchmark", "again"):
-        a, b = (_decode(n, name, mode, batch, run) for name in (n["full"], "nf4"))
-        if a and b:
-            times = f"{number(b['median_ms_per_token'] / a['median_ms_per_token'])} times"
-            said.append("within the spread of the samples" if _overlap(a, b) else times)
+    said = [
+        "within the spread of the samples" if _overlap(a, b) else f"{number(b[1] / a[1])} times"
+        for a, b in paired_timings(n, "nf4", "decode", mode, batch)
+    ]
     return said[0] + (f"; {said[1]} in a second run" if said[1:] else "")
 
 
@@ -142,31 +143,38 @@ def speed_sentences(n: dict) -> list[str]:
     return said
 
 
+def _apart(n: dict, part: str, mode: str) -> dict[tuple[str, int], float]:
+    """(configuration, prompt length or batch size) -> how far apart the medians of the two runs are, per cent of the smaller."""
+    found = {}
+    for name in n.get("again", {}):
+        try:
+            first, second = (timings(n, name, part, mode, run) for run in ("benchmark", "again"))
+        except NotMeasured:
+            continue
+        for size in sorted(set(first) & set(second)):
+            low, high = sorted((first[size][1], second[size][1]))
+            found[name, size] = 100 * (high / low - 1)
+    return found
+
+
 def repeat_table(n: dict) -> pd.DataFrame:
-    """How far apart the medians of the two runs are, by mode: the larger over the smaller, less one."""
     rows = []
-    modes = dict.fromkeys(row["mode"] for data in n["benchmark"].values() for row in data["decode"])
-    for part, at, unit in (("prefill", "tokens", "ms"), ("decode", "batch", "ms_per_token")):
-        for mode in modes:
-            apart = {}
-            for name, again in n.get("again", {}).items():
-                first = {r[at]: r for r in n["benchmark"].get(name, {}).get(part, []) if r["mode"] == mode}
-                for second in (r for r in again[part] if r["mode"] == mode and r[at] in first):
-                    low, high = sorted(r[f"median_{unit}"] for r in (first[second[at]], second))
-                    apart[name, second[at]] = 100 * (high / low - 1)
-            if apart:
-                name, size = max(apart, key=apart.get)
-                largest = f"{number(apart[name, size], 1)} % ({name_of(n, name)}, {at} {size})"
-                rows.append(
-                    {
-                        "": part.capitalize(),
-                        "Mode": mode,
-                        "Medians measured twice": len(apart),
-                        "Half are no more apart than": f"{number(statistics.median(apart.values()), 1)} %",
-                        "Largest": largest,
-                        "Within 3 %": f"{number(100 * sum(p <= 3 for p in apart.values()) / len(apart), 0)} %",
-                    }
-                )
+    for part, at in (("prefill", "tokens"), ("decode", "batch")):
+        for mode in _modes(n):
+            apart = _apart(n, part, mode)
+            if not apart:
+                continue
+            name, size = max(apart, key=apart.get)
+            rows.append(
+                {
+                    "": part.capitalize(),
+                    "Mode": mode,
+                    "Medians measured twice": len(apart),
+                    "Half are no more apart than": f"{number(statistics.median(apart.values()), 1)} %",
+                    "Largest": f"{number(apart[name, size], 1)} % ({name_of(n, name)}, {at} {size})",
+                    "Within 3 %": f"{number(100 * sum(p <= 3 for p in apart.values()) / len(apart), 0)} %",
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -233,9 +241,9 @@ def capacity_sentence(n: dict) -> list[str]:
     return [f"Batches as large as a memory budget allows, NF4 against {name_of(n, n['full'])}: {'; '.join(parts)}."] if parts else []
 
 
-def _overlap(a: dict, b: dict) -> bool:
-    """Whether the quartiles of two cells leave open which is faster."""
-    return max(a["q25_ms_per_token"], b["q25_ms_per_token"]) <= min(a["q75_ms_per_token"], b["q75_ms_per_token"])
+def _overlap(a: tuple, b: tuple) -> bool:
+    """Whether the quartiles of two times (lower quartile, median, upper quartile) leave open which is faster."""
+    return max(a[0], b[0]) <= min(a[2], b[2])
 
 
 def fastest_sentence(n: dict) -> list[str]:

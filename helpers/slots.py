@@ -24,6 +24,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
+from helpers import memory
+
 ATTENTION = "shared_context"
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 COLUMN_MULTIPLE = 16  # the memory-efficient attention kernel wants an aligned mask
@@ -278,6 +280,12 @@ class PackedSlots(Slots):
             self.masks[slot] = None
             for kept in self.kept:
                 kept[slot] = None
+
+    def prefill(self, groups: list[tuple[list[int], list[int]]], slots: list[int]) -> list[list[Row]]:
+        memory.trim()  # what earlier steps left in the heap would add to this prefill's needs, and what it leaves to theirs
+        rows = super().prefill(groups, slots)
+        memory.trim()
+        return rows
 
     def _storing(self, groups, slots, starts, positions):
         # Before the model runs: among its short-lived tensors they would leave holes in the heap.

@@ -6,8 +6,15 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules
 
 STUDY ?= smollm2-135m
-ALL_CONFIGS := $(filter-out study,$(basename $(notdir $(wildcard params/$(STUDY)/*.yaml))))
+STUDY_FILE := params/$(STUDY)/study.yaml
+comma := ,
+key = $(shell sed -n 's/^ *$(1): *\[\{0,1\}\([^]\#]*\).*/\1/p' $(STUDY_FILE) 2>/dev/null | head -n 1)
+# A study has the formats that it names (none named: all), and its own files.
+FORMATS := $(or $(subst $(comma),,$(call key,formats)),$(basename $(notdir $(wildcard params/formats/*.yaml))))
+ALL_CONFIGS := $(sort $(FORMATS) $(filter-out study,$(basename $(notdir $(wildcard params/$(STUDY)/*.yaml)))))
 CONFIGS ?= $(ALL_CONFIGS)
+# A time is the median of so many processes, each with a notebook of its own: one says nothing about the next.
+PROCESSES ?= $(or $(call key,processes),$(if $(shell nvidia-smi -L 2>/dev/null),3,1))
 # RESULTS=executed/reference/MACHINE/STUDY renders report and figures from a committed run.
 OUT := $(or $(RESULTS),executed/$(STUDY))
 FOLDER := $(if $(RESULTS),-p folder $(RESULTS))
@@ -23,15 +30,13 @@ endif
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-# What each notebook's results depend on, beside the notebook and its parameter files (tests/test_makefile.py compares with the imports).
-h = $(wildcard $(patsubst %,helpers/%.py,$(1)))
-COMMON := $(call h,__init__ params results)
-WEIGHTS := $(COMMON) $(call h,models methods compress calibration hub coqa memory)
-EVALUATE := $(WEIGHTS) $(call h,evaluation dialogue slots static_slots answers) $(wildcard helpers/tasks/*.* helpers/tasks/dialogues/*)
-BENCHMARK := $(WEIGHTS) $(call h,benchmark capacity decode device int8_limit roofline throughput timing weights codebooks)
-FIDELITY := $(EVALUATE) $(call h,fidelity divergence weights codebooks noise sensitivity statistics)
-ANALYSIS := $(COMMON) params/paper.yaml $(call h,analysis claims evidence statistics redraw) $(wildcard helpers/report*.py helpers/figures*.py helpers/diagrams.py)
-STUDY_FILE := params/$(STUDY)/study.yaml
+# A notebook's results depend on its folder of helpers, on setup/, params and results, beside the notebook and its parameter files.
+folder = $(wildcard $(patsubst %,helpers/%/*.py,$(1)))
+COMMON := helpers/params.py helpers/results.py $(call folder,setup)
+EVALUATE := $(COMMON) $(call folder,evaluate) $(wildcard helpers/tasks/*.* helpers/tasks/dialogues/*)
+BENCHMARK := $(COMMON) $(call folder,benchmark)
+FIDELITY := $(COMMON) helpers/statistics.py $(call folder,fidelity) $(wildcard helpers/tasks/dialogues/*)
+ANALYSIS := helpers/params.py helpers/results.py helpers/statistics.py params/paper.yaml $(call folder,analysis)
 NB = $(PY) -m helpers.notebook
 
 .PHONY: help
@@ -66,37 +71,42 @@ endif
 
 # ---- the study ----
 
-.PHONY: run-all measure again measure-again report figures check
+.PHONY: run-all measure again report figures check
 run-all: check ## run the whole study: evaluate, benchmark, compare, report (what is fresh is not run again)
 	@result=0; $(MAKE) -k --no-print-directory measure || result=$$?; \
 	$(MAKE) -k --no-print-directory report figures || result=$$?; \
 	[ $$result = 0 ] && echo "report: $(OUT)/report.html" || echo "not everything worked: see the lines with FAILED above, and make status"; exit $$result
 
-again: check ## measure the hardware a second time, in new processes: the report then says how well times repeat
-	@$(MAKE) -k --no-print-directory measure-again && $(MAKE) --no-print-directory report figures
+again: ## measure the hardware in one more process
+	@$(MAKE) --no-print-directory run-all PROCESSES=$$(( $(words $(sort $(notdir $(wildcard $(OUT)/*/02_benchmark*.ipynb)))) + 1 ))
 
 check: $(ENV)
 	@$(PY) -m helpers.params $(STUDY) $(CONFIGS)
 
-# $(1) notebook  $(2) configuration  $(3) further prerequisites  $(4) folder of a second run
+# $(1) target notebook  $(2) notebook  $(3) configuration  $(4) prerequisites  $(5) further parameters
 define CONFIGURATION_RULE
-measure$(if $(4),-$(4)): $(OUT)/$(if $(4),$(4)/)$(2)/$(1).ipynb
-$(OUT)/$(if $(4),$(4)/)$(2)/$(1).ipynb: notebooks/$(1).ipynb $(STUDY_FILE) params/$(STUDY)/$(2).yaml $(OUT)/00_setup.ipynb $(3) $(METHODS_READY)
-	@$$(NB) run notebooks/$(1).ipynb $$@ -f $(STUDY_FILE) -f params/$(STUDY)/$(2).yaml $(if $(4),-p folder $(OUT)/$(4))
+measure: $(OUT)/$(3)/$(1).ipynb
+$(OUT)/$(3)/$(1).ipynb: notebooks/$(2).ipynb $(STUDY_FILE) $(call files,$(3)) $(OUT)/00_setup.ipynb $(4) $(METHODS_READY)
+	@$$(NB) run notebooks/$(2).ipynb $$@ -f $(STUDY_FILE) $(patsubst %,-f %,$(call files,$(3))) $(5)
 endef
+files = $(wildcard params/formats/$(1).yaml params/$(STUDY)/$(1).yaml)
 # A study without dialogues measures hardware only.
 HAS_DATA := $(shell grep -s '^data:' $(STUDY_FILE))
-$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark,$(c),$(BENCHMARK))))
-$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark,$(c),$(BENCHMARK),again)))
+FURTHER := $(wordlist 2,$(PROCESSES),1 2 3 4 5 6 7 8 9)
+$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark,02_benchmark,$(c),$(BENCHMARK))))
+$(foreach n,$(FURTHER),$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark_$(n),02_benchmark,$(c),$(BENCHMARK),-p process $(n)))))
 ifneq ($(HAS_DATA),)
-$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,01_evaluate,$(c),$(EVALUATE))))
-$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,03_fidelity,$(c),$(FIDELITY))))
+$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,01_evaluate,01_evaluate,$(c),$(EVALUATE))))
+$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,03_fidelity,03_fidelity,$(c),$(FIDELITY))))
+measure: $(OUT)/03_weights.ipynb
+$(OUT)/03_weights.ipynb: notebooks/03_weights.ipynb $(STUDY_FILE) $(OUT)/00_setup.ipynb $(FIDELITY)
+	@$(NB) run $< $@ -f $(STUDY_FILE)
 endif
 
-$(OUT)/00_setup.ipynb: notebooks/00_setup.ipynb $(STUDY_FILE) $(WEIGHTS) | $(ENV)
+$(OUT)/00_setup.ipynb: notebooks/00_setup.ipynb $(STUDY_FILE) $(COMMON) | $(ENV)
 	@$(NB) run notebooks/00_setup.ipynb $@ -f $(STUDY_FILE)
 
-RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark.json $(OUT)/again/*/benchmark.json $(OUT)/*/fidelity.json $(OUT)/bench_eval.json)
+RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/*/evaluation.json $(OUT)/weights.json $(OUT)/*/benchmark*.json $(OUT)/*/fidelity.json $(OUT)/bench_eval.json)
 
 report: $(OUT)/report.html ## render the report from the results that are there
 
@@ -132,7 +142,7 @@ lint: $(ENV) ## check code and notebooks
 	$(PY) tests/check_notebooks.py
 
 readme: $(ENV) ## render what README.md says was found, from the committed runs
-	@$(PY) -m helpers.report
+	@$(PY) -m helpers.analysis.report
 
 bench-pipeline: $(ENV) ## time make run-all and make test, with peak memory, into executed/reference/
 	$(PY) tests/bench_pipeline.py

@@ -20,7 +20,8 @@ import httpx
 import huggingface_hub
 import yaml
 
-from helpers import StudyError, hub, params
+from helpers import StudyError, params
+from helpers.setup import hub
 
 TEMPLATE, PAPER = "smollm2-135m", "llama-3.2-1b"
 CONFIGURATIONS = ("fp16", "nf4", "fp4", "int8")
@@ -54,7 +55,9 @@ def write(model: str, study: str) -> Written:
         new = Path(scratch) / study
         new.mkdir()
         text = yaml.dump(values, sort_keys=False, default_flow_style=None, width=140, allow_unicode=True)
-        (new / "study.yaml").write_text(f"# Written by make new-study MODEL={model}; change what you like.\n{text}", encoding="utf-8")
+        (new / "study.yaml").write_text(
+            f"# Written by make new-study MODEL={model}; change what you like.\n{text}", encoding="utf-8"
+        )
         for name in CONFIGURATIONS:
             shutil.copy(params.PARAMS / TEMPLATE / f"{name}.yaml", new)
         os.replace(new, folder)
@@ -68,7 +71,9 @@ def describe(config, model: str) -> list[str]:
     try:
         parameters = _parameters(config)
     except (ValueError, KeyError, ImportError) as error:
-        raise StudyError(f"MODEL={model} is of type {config.model_type}, not a decoder that transformers loads by itself") from error
+        raise StudyError(
+            f"MODEL={model} is of type {config.model_type}, not a decoder that transformers loads by itself"
+        ) from error
     context = getattr(config, "max_position_embeddings", None)
     facts = [
         f"{config.model_type}, {parameters:,} parameters ({parameters * 2 / 1e9:.1f} GB in float16), vocabulary {config.vocab_size:,}, "
@@ -86,7 +91,9 @@ def _is_path(model: str) -> bool:
 def _local(model: str) -> tuple[dict, object, list[str]]:
     folder = Path(model).expanduser().resolve()
     if not (folder / "config.json").is_file():
-        raise StudyError(f"MODEL={model}: there is no config.json; give a folder written by save_pretrained, or OWNER/NAME")
+        raise StudyError(
+            f"MODEL={model}: there is no config.json; give a folder written by save_pretrained, or OWNER/NAME"
+        )
     if not any(folder.glob("*.safetensors")):
         raise StudyError(f"MODEL={model}: there are no safetensors weights; save the model with save_pretrained")
     return {"source": "path", "name": str(folder)}, _config(folder, model), []
@@ -103,7 +110,9 @@ def _from_hub(model: str) -> tuple[dict, object | None, list[str]]:
             raise
         commit = revision or (_public_commit(name) if error.reason == "gated" else None)
         return source | ({"revision": commit} if commit else {}), None, [f"not looked up: {error}"]
-    facts = [f"{name} at commit {plan['commit'][:8]}, {plan['bytes_to_download'] / 1e9:.1f} of {plan['bytes'] / 1e9:.1f} GB to download"]
+    facts = [
+        f"{name} at commit {plan['commit'][:8]}, {plan['bytes_to_download'] / 1e9:.1f} of {plan['bytes'] / 1e9:.1f} GB to download"
+    ]
     return source | {"revision": plan["commit"]}, _config(Path(path).parent, model), facts
 
 
@@ -156,7 +165,9 @@ def _study(study: str, source: dict, config) -> dict:
 
 def main(argv: list[str]) -> None:
     if len(argv) != 2 or not all(argv):
-        raise SystemExit("usage: make new-study MODEL=OWNER/NAME STUDY=NAME   (or MODEL=a folder with config.json and safetensors)")
+        raise SystemExit(
+            "usage: make new-study MODEL=OWNER/NAME STUDY=NAME   (or MODEL=a folder with config.json and safetensors)"
+        )
     try:
         written = write(*argv)
     except StudyError as error:

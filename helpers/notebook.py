@@ -25,6 +25,7 @@ KINDS = {
     "01_evaluate": "evaluation",
     "02_benchmark": "benchmark",
     "03_fidelity": "fidelity",
+    "03_weights": "weights",
     "04_analysis": "analysis",
 }
 
@@ -70,15 +71,15 @@ def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]
     import papermill
 
     given = _parameters(files, overrides)
-    study, configuration = params.check(given, " and ".join(files))
+    study, configuration, process = params.check(given, " and ".join(files))
     if configuration and not configuration.quantization.method.startswith(("none", "bitsandbytes")):
         # Known before a kernel is started: a package or the hardware is missing.
-        from helpers import methods
+        from helpers.setup import methods
 
         try:
             methods.require(configuration)
         except NotHere as missing:
-            results.write_without(study, configuration, KINDS[source.stem], "skipped", str(missing))
+            results.write_without(study, configuration, KINDS[source.stem], "skipped", str(missing), process)
             results.write_text(target, source.read_text(encoding="utf-8"))
             print(f"[{configuration.configuration}/{source.stem}] not run: {missing}", flush=True)
             return
@@ -101,7 +102,7 @@ def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]
         raise SystemExit(130) from None
     except Exception as error:
         if getattr(error, "ename", None) == "NotHere":  # no failure: this machine has not what the method takes
-            results.write_without(study, configuration, KINDS[source.stem], "skipped", _reason(error))
+            results.write_without(study, configuration, KINDS[source.stem], "skipped", _reason(error), process)
             os.replace(scratch, target)
             progress.line(f"not run: {_reason(error)}")
             return
@@ -111,8 +112,10 @@ def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]
             os.replace(scratch, failed)
         reason = _reason(error)
         if source.stem in KINDS:
-            results.write_without(study, configuration, KINDS[source.stem], "failed", reason)
-        where = f"; see {failed.relative_to(ROOT) if failed.is_relative_to(ROOT) else failed}" if failed.exists() else ""
+            results.write_without(study, configuration, KINDS[source.stem], "failed", reason, process)
+        where = (
+            f"; see {failed.relative_to(ROOT) if failed.is_relative_to(ROOT) else failed}" if failed.exists() else ""
+        )
         progress.line(f"FAILED: {reason}{where}")
         raise SystemExit(1) from None
 

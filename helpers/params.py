@@ -1,9 +1,12 @@
-"""The schema of params/STUDY/study.yaml and params/STUDY/CONFIGURATION.yaml.
+"""The schema of params/STUDY/study.yaml and of configurations.
+
+A configuration is a format of params/formats, which all studies share, or params/STUDY/CONFIGURATION.yaml, which replaces its keys or
+adds one of the study's own.
 
 papermill injects whatever the files hold and only warns about a key that no notebook knows. So every notebook checks what it
 was given before it computes anything:
 
-    study, configuration = params.from_notebook(globals())
+    case = params.from_notebook(globals())    # case.study, case.configuration
 
 and the command line checks the files themselves (`python -m helpers.params STUDY [CONFIGURATION ...]`).
 """
@@ -11,7 +14,7 @@ and the command line checks the files themselves (`python -m helpers.params STUD
 import difflib
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from helpers import ROOT, StudyError
 
 PARAMS = ROOT / "params"
+FORMATS = PARAMS / "formats"
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -69,16 +73,37 @@ class Sizes(Strict):
 
     prefill_tokens: list[Positive]
     batch_sizes: list[Positive]
-    prompt_tokens: Positive  # context of a decode measurement
+    prompt_tokens: Positive = 128  # context of a decode measurement
     decode_tokens: Positive  # tokens generated in one repeat
     repeats: Annotated[int, Field(ge=3)]
     warmup: Positive
+    modes: list[Literal["eager", "cuda_graph", "compile"]]
+
+
+class CPUSizes(Sizes):
+    prefill_tokens: list[Positive] = [128, 256, 512, 1024]
+    batch_sizes: list[Positive] = [1, 4, 8]
+    decode_tokens: Positive = 16
+    repeats: Annotated[int, Field(ge=3)] = 5
+    warmup: Positive = 1
     modes: list[Literal["eager", "cuda_graph", "compile"]] = ["eager"]
 
 
+class GPUSizes(Sizes):
+    prefill_tokens: list[Positive] = [128, 256, 512, 1024, 2048, 4096]
+    batch_sizes: list[Positive] = [1, 4, 8, 16, 32, 64]
+    decode_tokens: Positive = 64
+    repeats: Annotated[int, Field(ge=3)] = 10
+    warmup: Positive = 3
+    modes: list[Literal["eager", "cuda_graph", "compile"]] = ["eager", "cuda_graph", "compile"]
+
+
 class Benchmark(Strict):
-    cpu: Sizes
-    cuda: Sizes
+    """Sizes by device. A time is the median of several processes (Make's PROCESSES)."""
+
+    cpu: CPUSizes = CPUSizes()
+    cuda: GPUSizes = GPUSizes()
+    processes: Positive | None = None  # none: 3 on a GPU, 1 without
     memory_budgets_gib: list[float] = [4, 8, 16]  # largest batch that fits in so much
 
 
@@ -98,9 +123,10 @@ class Study(Strict):
     study: str
     title: str
     model: Model
+    formats: list[str] | None = None  # of params/formats; none: all
     data: Data | None = None  # none: hardware only
     evaluation: Evaluation = Evaluation()
-    benchmark: Benchmark
+    benchmark: Benchmark = Benchmark()
     fidelity: Fidelity = Fidelity()
     statistics: Statistics = Statistics()
     seed: int = 1234
@@ -127,7 +153,9 @@ class Float8(Strict):
     """torchao. Weights in float8 (e4m3, a scale per row); not LLM.int8(), which is another 8-bit method."""
 
     method: Literal["torchao-float8"]
-    activations: Literal["none", "dynamic"] = "none"  # dynamic: rounded to float8 as well, so that the GPU multiplies in float8
+    activations: Literal["none", "dynamic"] = (
+        "none"  # dynamic: rounded to float8 as well, so that the GPU multiplies in float8
+    )
 
 
 class Int4(Strict):
@@ -163,7 +191,9 @@ class AWQ(Strict):
     calibration: Calibration = Calibration()
 
 
-Quantization = Annotated[Full | BitsAndBytes4 | BitsAndBytes8 | Float8 | Int4 | GPTQ | AWQ, Field(discriminator="method")]
+Quantization = Annotated[
+    Full | BitsAndBytes4 | BitsAndBytes8 | Float8 | Int4 | GPTQ | AWQ, Field(discriminator="method")
+]
 METHOD_NAMES = ("none", "bitsandbytes-4bit", "bitsandbytes-int8", "torchao-float8", "torchao-int4", "gptq", "awq")
 
 
@@ -171,7 +201,12 @@ class Configuration(Strict):
     configuration: str
     label: str  # as tables and figures name it
     quantization: Quantization
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # of weights that are not quantized, and of compute
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = (
+        "auto"  # of weights that are not quantized, and of compute
+    )
+
+
+FULL_PRECISION = Configuration(configuration="full", label="Full precision", quantization=Full(method="none"))
 
 
 def _names(schema: dict, defs: dict) -> set[str]:
@@ -195,7 +230,9 @@ def _explain(error: ValidationError, where: str, kind: type[BaseModel]) -> str:
         elif e["type"] in ("literal_error", "union_tag_invalid"):
             expected = e["ctx"].get("expected") or e["ctx"].get("expected_tags")
             given = e["input"].get("method") if isinstance(e["input"], dict) else e["input"]
-            near = difflib.get_close_matches(str(given), [w.strip("' ") for w in expected.replace(" or ", ",").split(",")], n=1)
+            near = difflib.get_close_matches(
+                str(given), [w.strip("' ") for w in expected.replace(" or ", ",").split(",")], n=1
+            )
             hint = f"; did you mean '{near[0]}'?" if near else ""
             lines.append(f"{where}: '{key}' is {given!r}, expected {expected}{hint}")
         elif e["type"] == "missing":
@@ -222,7 +259,9 @@ def read_yaml(path: Path) -> dict:
         raise StudyError(f"{path}: there is no such file{hint}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise StudyError(f"{path}{f', line {mark.line + 1}' if mark else ''}: not YAML: {getattr(error, 'problem', error)}") from None
+        raise StudyError(
+            f"{path}{f', line {mark.line + 1}' if mark else ''}: not YAML: {getattr(error, 'problem', error)}"
+        ) from None
     if not isinstance(values, dict):
         raise StudyError(f"{path}: expected keys and values, found {type(values).__name__}")
     return values
@@ -232,7 +271,9 @@ def folder(study: str) -> Path:
     path = PARAMS / study
     if not (path / "study.yaml").is_file():
         near = difflib.get_close_matches(study, [p.name for p in PARAMS.iterdir()], n=1)
-        raise StudyError(f"params/{study}/study.yaml: there is no such study" + (f"; did you mean STUDY={near[0]}?" if near else ""))
+        raise StudyError(
+            f"params/{study}/study.yaml: there is no such study" + (f"; did you mean STUDY={near[0]}?" if near else "")
+        )
     return path
 
 
@@ -240,16 +281,32 @@ def read_study(study: str) -> Study:
     path = folder(study) / "study.yaml"
     result = _validate(Study, read_yaml(path), f"params/{study}/study.yaml")
     if result.study != study:
-        raise StudyError(f"params/{study}/study.yaml: 'study' is '{result.study}', expected the folder's name '{study}'")
+        raise StudyError(
+            f"params/{study}/study.yaml: 'study' is '{result.study}', expected the folder's name '{study}'"
+        )
     return result
 
 
+def configuration_files(study: str, configuration: str) -> list[Path]:
+    """What papermill gets with `-f` for a configuration, besides study.yaml: the shared format, then the study's own keys."""
+    found = [p for p in (FORMATS / f"{configuration}.yaml", folder(study) / f"{configuration}.yaml") if p.is_file()]
+    if not found:
+        near = difflib.get_close_matches(configuration, configurations(study), n=1)
+        hint = f"; did you mean {near[0]}.yaml?" if near else ""
+        raise StudyError(f"params/formats/{configuration}.yaml: there is no such file{hint}")
+    return found
+
+
 def read_configuration(study: str, configuration: str) -> Configuration:
-    path = folder(study) / f"{configuration}.yaml"
-    result = _validate(Configuration, read_yaml(path), f"params/{study}/{configuration}.yaml")
+    files = configuration_files(study, configuration)
+    values: dict = {}
+    for path in files:
+        values |= read_yaml(path)
+    where = " and ".join(str(p.relative_to(ROOT)) for p in files)
+    result = _validate(Configuration, values, where)
     if result.configuration != configuration:
         raise StudyError(
-            f"params/{study}/{configuration}.yaml: 'configuration' is '{result.configuration}', expected the file's name '{configuration}'"
+            f"{where}: 'configuration' is '{result.configuration}', expected the file's name '{configuration}'"
         )
     return result
 
@@ -260,31 +317,46 @@ def read_paper() -> dict:
 
 
 def configurations(study: str) -> list[str]:
-    """Names of a study's configurations: full precision first, the rest as their files are numbered or named."""
-    names = sorted(p.stem for p in folder(study).glob("*.yaml") if p.stem != "study")
-    return sorted(names, key=lambda n: n not in ("fp16", "bf16", "fp32"))
+    """Names of a study's configurations, full precision first: the formats that study.yaml names (none named: all), and its own files."""
+    formats = read_study(study).formats
+    shared = [p.stem for p in FORMATS.glob("*.yaml")] if formats is None else formats
+    own = [p.stem for p in folder(study).glob("*.yaml") if p.stem != "study"]
+    return sorted({*shared, *own}, key=lambda name: (name not in ("fp16", "bf16", "fp32"), name))
 
 
-def check(given: dict, where: str) -> tuple[Study, Configuration | None]:
+class Case(NamedTuple):
+    """What one notebook runs on. One name, since papermill puts every key of the files beside it into the notebook."""
+
+    study: Study
+    configuration: Configuration | None  # none: the notebook is run once per study
+    process: int = 1  # which of several that measure times
+
+
+def check(given: dict, where: str) -> Case:
     """Check the merged values of a study's file and, where there is one, a configuration's. Raises StudyError naming every wrong key."""
+    given = dict(given)
+    process = given.pop("process", 1)
+    if not isinstance(process, int) or process < 1:
+        raise StudyError(f"{where}: 'process' is {process!r}, expected 1, 2, 3 ...")
     mine = {k: v for k, v in given.items() if k in Configuration.model_fields}
     configuration = _validate(Configuration, mine, where) if mine else None
-    return _validate(Study, {k: v for k, v in given.items() if k not in mine}, where), configuration
+    return Case(_validate(Study, {k: v for k, v in given.items() if k not in mine}, where), configuration, process)
 
 
-def from_notebook(namespace: dict) -> tuple[Study, Configuration | None]:
+def from_notebook(namespace: dict) -> Case:
     """Check what a notebook was given: the names that its parameters cell, or papermill, put into `namespace`.
 
-    Returns the study and, where the notebook is run per configuration, the configuration. Raises StudyError naming every unknown
-    or wrong key.
+    A notebook that is run by hand holds only the names of a study and a configuration: the rest is then read from params/.
+    Raises StudyError naming every unknown or wrong key.
     """
     plain = (str, int, float, bool, list, dict, tuple, type(None))
     ours = ("In", "Out", "exit", "quit", "open", "get_ipython")  # IPython's own
     given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ours and isinstance(v, plain)}
-    for name in {*Study.model_fields, *Configuration.model_fields} & (set(namespace) - set(given)):
-        raise StudyError(
-            f"notebook parameters: '{name}' was overwritten by a {type(namespace[name]).__name__}; run the parameters cell again"
+    if "model" not in given:
+        configuration = (
+            read_configuration(namespace["study"], given["configuration"]) if "configuration" in given else None
         )
+        return Case(read_study(namespace["study"]), configuration, given.get("process", 1))
     return check(given, "notebook parameters")
 
 

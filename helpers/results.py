@@ -2,7 +2,8 @@
 
     executed/STUDY/setup.json
     executed/STUDY/CONFIGURATION/{evaluation,benchmark,fidelity}.json
-    executed/STUDY/again/CONFIGURATION/benchmark.json   the hardware measured a second time (make again)
+    executed/STUDY/CONFIGURATION/benchmark_N.json       the hardware measured in a further process
+    executed/STUDY/weights.json
     executed/STUDY/CONFIGURATION/samples_TASK.jsonl     lm-eval's own format, a line per question
     executed/STUDY/CONFIGURATION/lm_eval.json           lm-eval's own results
     executed/STUDY/analysis.json                        everything that the report and the README say
@@ -36,8 +37,19 @@ from helpers import EXECUTED, FIGURES, ROOT, StudyError
 from helpers.params import Configuration, Study
 
 SCHEMA = 1
-Kind = Literal["setup", "evaluation", "benchmark", "fidelity", "analysis"]
-PACKAGES = ("torch", "transformers", "bitsandbytes", "lm_eval", "numpy", "scipy", "pandas", "accelerate", "llmcompressor", "torchao")
+Kind = Literal["setup", "evaluation", "benchmark", "fidelity", "weights", "analysis"]
+PACKAGES = (
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "lm_eval",
+    "numpy",
+    "scipy",
+    "pandas",
+    "accelerate",
+    "llmcompressor",
+    "torchao",
+)
 
 
 class Setup(TypedDict):
@@ -69,11 +81,26 @@ class Fidelity(TypedDict):
     dialogues: int
 
 
+class Weights(TypedDict):
+    """What formats do to the full-precision weights, once per study."""
+
+    weights: dict  # helpers.fidelity.formats.analyse
+    sensitivity: dict
+    noise: dict
+
+
 class Analysis(TypedDict):
     numbers: dict  # name -> what README and report print
 
 
-DATA = {"setup": Setup, "evaluation": Evaluation, "benchmark": Benchmark, "fidelity": Fidelity, "analysis": Analysis}
+DATA = {
+    "setup": Setup,
+    "evaluation": Evaluation,
+    "benchmark": Benchmark,
+    "fidelity": Fidelity,
+    "weights": Weights,
+    "analysis": Analysis,
+}
 
 
 class Result(BaseModel):
@@ -159,7 +186,9 @@ def provenance(study: Study, configuration: Configuration | None) -> dict:
 
 
 def _driver() -> str | None:
-    done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    )
     return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
 
 
@@ -170,11 +199,16 @@ def folder(study: Study) -> Path:
 
 def figures_folder(study: Study) -> Path:
     """figures/STUDY, or the place under figures/ that mirrors the results' place under executed/."""
-    return FIGURES / folder(study).relative_to(EXECUTED) if folder(study).is_relative_to(EXECUTED) else folder(study) / "figures"
+    return (
+        FIGURES / folder(study).relative_to(EXECUTED)
+        if folder(study).is_relative_to(EXECUTED)
+        else folder(study) / "figures"
+    )
 
 
-def path(study: Study, configuration: Configuration | None, kind: Kind) -> Path:
-    return folder(study) / (configuration.configuration if configuration else "") / f"{kind}.json"
+def path(study: Study, configuration: Configuration | None, kind: Kind, process: int = 1) -> Path:
+    name = f"{kind}_{process}" if process > 1 else kind
+    return folder(study) / (configuration.configuration if configuration else "") / f"{name}.json"
 
 
 def write_text(target: Path, text: str) -> None:
@@ -182,7 +216,9 @@ def write_text(target: Path, text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = None
     try:
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8"
+        ) as file:
             scratch = file.name
             file.write(text)
             file.flush()
@@ -192,13 +228,19 @@ def write_text(target: Path, text: str) -> None:
     except OSError as error:
         if scratch:
             Path(scratch).unlink(missing_ok=True)
-        what = "the disk is full; free some space" if error.errno == errno.ENOSPC else f"cannot be written ({error.strerror})"
+        what = (
+            "the disk is full; free some space"
+            if error.errno == errno.ENOSPC
+            else f"cannot be written ({error.strerror})"
+        )
         raise StudyError(f"{clean(str(target))}: {what}, then run again: what is done is kept") from error
 
 
 def write_json(target: Path, value) -> None:
     """Any JSON; what it has no form for (functions in lm-eval's task configurations) as text, without paths of this machine."""
-    write_text(target, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=lambda v: clean(str(v))) + "\n")
+    write_text(
+        target, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=lambda v: clean(str(v))) + "\n"
+    )
 
 
 def _write(target: Path, result: Result) -> Result:
@@ -206,15 +248,19 @@ def _write(target: Path, result: Result) -> Result:
     return result
 
 
-def write(study: Study, configuration: Configuration | None, kind: Kind, data: dict) -> Result:
+def write(study: Study, configuration: Configuration | None, kind: Kind, data: dict, process: int = 1) -> Result:
     """Check and write a finished result. Raises ValidationError if keys of its kind are missing, ValueError on NaN."""
     TypeAdapter(DATA[kind]).validate_python(data)
-    return _write(path(study, configuration, kind), _envelope(study, configuration, kind, "ok", None, data))
+    return _write(path(study, configuration, kind, process), _envelope(study, configuration, kind, "ok", None, data))
 
 
-def write_without(study: Study, configuration: Configuration | None, kind: Kind, status: str, reason: str) -> Result:
+def write_without(
+    study: Study, configuration: Configuration | None, kind: Kind, status: str, reason: str, process: int = 1
+) -> Result:
     """Write why there is no result: status `failed` or `skipped`."""
-    return _write(path(study, configuration, kind), _envelope(study, configuration, kind, status, clean(reason), None))
+    return _write(
+        path(study, configuration, kind, process), _envelope(study, configuration, kind, status, clean(reason), None)
+    )
 
 
 def _envelope(study, configuration, kind, status, reason, data) -> Result:
@@ -242,7 +288,9 @@ def read_lines(source: Path, expected: dict) -> list[dict]:
     try:
         raw = source.read_bytes()
     except FileNotFoundError:
-        raise StudyError(f"{clean(str(source))}: is missing, though a result speaks of it; delete the result and run again") from None
+        raise StudyError(
+            f"{clean(str(source))}: is missing, though a result speaks of it; delete the result and run again"
+        ) from None
     if hashlib.sha256(raw).hexdigest() != expected["sha256"]:
         raise StudyError(f"{clean(str(source))}: is truncated or changed since it was written; delete it and run again")
     return [json.loads(line) for line in raw.decode().split("\n") if line]
@@ -260,7 +308,9 @@ def read(source: Path) -> Result:
     if not isinstance(values, dict) or "schema_version" not in values:
         raise StudyError(f"{name}: is not a result file of this project; delete it and run make run-all again")
     if values["schema_version"] != SCHEMA:
-        raise StudyError(f"{name}: has schema {values['schema_version']}, this code reads {SCHEMA}; delete it and run make run-all again")
+        raise StudyError(
+            f"{name}: has schema {values['schema_version']}, this code reads {SCHEMA}; delete it and run make run-all again"
+        )
     try:
         result = Result.model_validate(values)
         if result.status == "ok":
@@ -278,14 +328,20 @@ def _read_own(study: Study, kind: Kind, pattern: str) -> dict[str, Result]:
     for source in sorted(folder(study).glob(pattern)):
         result = read(source)
         if (result.kind, result.study, result.configuration) != (kind, study.study, source.parent.name):
-            raise StudyError(f"{clean(str(source))}: belongs to {result.study}/{result.configuration}/{result.kind}; delete it")
+            raise StudyError(
+                f"{clean(str(source))}: belongs to {result.study}/{result.configuration}/{result.kind}; delete it"
+            )
         found[source.parent.name] = result
     return found
 
 
-def read_again(study: Study) -> dict[str, Result]:
-    """configuration -> benchmark of the second run; empty if there was none."""
-    return _read_own(study, "benchmark", "again/*/benchmark.json")
+def read_processes(study: Study) -> dict[str, list[Result]]:
+    """configuration -> its benchmarks, one of each process. `again/` is where earlier versions put the second."""
+    found: dict[str, list[Result]] = {}
+    for pattern in ("*/benchmark.json", "again/*/benchmark.json", "*/benchmark_[0-9].json"):
+        for name, result in _read_own(study, "benchmark", pattern).items():
+            found.setdefault(name, []).append(result)
+    return found
 
 
 def read_all(study: Study) -> dict[str, dict[str, Result]]:
@@ -295,6 +351,8 @@ def read_all(study: Study) -> dict[str, dict[str, Result]]:
         for name, result in _read_own(study, kind, f"*/{kind}.json").items():
             found.setdefault(name, {})[kind] = result
     if not found:
-        raise StudyError(f"{clean(str(folder(study)))}: holds no results yet; run make run-all STUDY={study.study} first")
+        raise StudyError(
+            f"{clean(str(folder(study)))}: holds no results yet; run make run-all STUDY={study.study} first"
+        )
     order = {"fp16": 0, "int8": 1, "fp8": 2, "gptq": 3, "awq": 4, "nf4": 5, "fp4": 6}
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], 9), item[0])))

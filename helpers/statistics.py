@@ -48,7 +48,9 @@ def _array(values, what: str, n: int | None = None) -> np.ndarray:
     if n is not None and array.size != n:
         raise StudyError(f"{what}: {array.size} numbers for {n} questions; compare runs of the same questions")
     if not np.isfinite(array).all():
-        raise StudyError(f"{what}: {np.count_nonzero(~np.isfinite(array))} of {array.size} numbers are missing or not finite")
+        raise StudyError(
+            f"{what}: {np.count_nonzero(~np.isfinite(array))} of {array.size} numbers are missing or not finite"
+        )
     return array
 
 
@@ -103,7 +105,9 @@ def _tails(groups: int, confidence: float, skewness: float = 0.0) -> list[float]
     return stats.norm.cdf(skewness + ends / (1 - skewness * ends)).tolist()
 
 
-def bootstrap_limits(sums: np.ndarray, sizes: np.ndarray, counts: np.ndarray, confidence: float = 0.95, skewed: bool = False) -> np.ndarray:
+def bootstrap_limits(
+    sums: np.ndarray, sizes: np.ndarray, counts: np.ndarray, confidence: float = 0.95, skewed: bool = False
+) -> np.ndarray:
     """Limits (2, k) of k ratios sum(sums) / sum(sizes) from per-dialogue totals (G, k) and (G, 1 or k), and counts (resamples, G)."""
     groups = len(sums)
     ratios = (counts @ sums) / (counts @ sizes)
@@ -125,7 +129,9 @@ def standard_error(sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def sign_flip_p(sums: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
     """Two-sided p (k,) of summed differences per dialogue (G, k): exact where all 2^G sign patterns are no more than `resamples`."""
     signs = _signs(len(sums), resamples, seed)
-    slack = 1e-9 * np.abs(sums).sum(axis=0)  # sums in another order differ in the last digits, and a tie counts as extreme
+    slack = 1e-9 * np.abs(sums).sum(
+        axis=0
+    )  # sums in another order differ in the last digits, and a tie counts as extreme
     extreme = (np.abs(signs @ sums) >= np.abs(sums.sum(axis=0)) - slack).sum(axis=0)
     return extreme / len(signs) if 2 ** len(sums) <= resamples else (1 + extreme) / (1 + len(signs))
 
@@ -136,7 +142,9 @@ def _noncentrality(df: int, alpha: float, power: float) -> float:
     if df > 10_000:
         return float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power))
     # The lower tail is left out: it adds less than 1e-5 to a power of 80%.
-    return optimize.brentq(lambda d: stats.nct.sf(critical, df, d) - power, 0.1, 1.5 * (critical + stats.t.ppf(power, df)))
+    return optimize.brentq(
+        lambda d: stats.nct.sf(critical, df, d) - power, 0.1, 1.5 * (critical + stats.t.ppf(power, df))
+    )
 
 
 def _why_no_interval(groups: int, nonzero: int, what: str) -> str | None:
@@ -175,7 +183,9 @@ def _compare(differences, means_a, means_b, weights, index, groups, confidence, 
     return rows
 
 
-def paired(values_a, values_b, clusters, weights=None, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = SEED) -> dict:
+def paired(
+    values_a, values_b, clusters, weights=None, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = SEED
+) -> dict:
     """Mean of b minus mean of a over the same questions.
 
     Returns n_questions, n_dialogues, mean_a, mean_b, difference, ci_low, ci_high, p, detectable (all in the unit of the values) and
@@ -207,7 +217,9 @@ def log_ppl_ratio(nll_a, nll_b, tokens, clusters, **options) -> dict:
     return row | ppl | {"ppl_ratio_low": exp("ci_low"), "ppl_ratio_high": exp("ci_high")}
 
 
-def interval(values, clusters, weights=None, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = SEED) -> dict:
+def interval(
+    values, clusters, weights=None, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = SEED
+) -> dict:
     """One configuration's mean: n_questions, n_dialogues, mean, ci_low, ci_high, reason."""
     v = _array(values, "values")
     index, groups = _groups(clusters, v.size)
@@ -216,12 +228,23 @@ def interval(values, clusters, weights=None, confidence: float = 0.95, resamples
     reason = _why_no_interval(groups, np.count_nonzero(sums), "are not zero")
     low, high = None, None
     if not reason:
-        low, high = bootstrap_limits(sums, sizes, resample_counts(groups, resamples, seed), confidence, skewed=True)[:, 0].tolist()
+        low, high = bootstrap_limits(sums, sizes, resample_counts(groups, resamples, seed), confidence, skewed=True)[
+            :, 0
+        ].tolist()
     mean = float(np.average(v, weights=w))
-    return {"n_questions": v.size, "n_dialogues": groups, "mean": mean, "ci_low": low, "ci_high": high, "reason": reason}
+    return {
+        "n_questions": v.size,
+        "n_dialogues": groups,
+        "mean": mean,
+        "ci_low": low,
+        "ci_high": high,
+        "reason": reason,
+    }
 
 
-def needed(values_a, values_b, clusters, difference: float, weights=None, alpha: float = 0.05, power: float = 0.8) -> dict:
+def needed(
+    values_a, values_b, clusters, difference: float, weights=None, alpha: float = 0.05, power: float = 0.8
+) -> dict:
     """How many dialogues like these a two-sided t test would need to find `difference` (in the unit of the values) with this power.
 
     Returns difference, n_dialogues, n_questions (none, with reason, below 10 dialogues or 5 that differ).
@@ -229,12 +252,19 @@ def needed(values_a, values_b, clusters, difference: float, weights=None, alpha:
     a = _array(values_a, "values_a")
     b = _array(values_b, "values_b", a.size)
     if difference == 0:
-        raise StudyError("difference: 0 cannot be found with any number of dialogues; give the smallest one that matters")
+        raise StudyError(
+            "difference: 0 cannot be found with any number of dialogues; give the smallest one that matters"
+        )
     index, groups = _groups(clusters, a.size)
     sums, sizes = _totals((b - a)[:, None], _weights(weights, a.size), index, groups)
     reason = _why_no_interval(groups, np.count_nonzero(sums), "differ")
     if reason:
-        return {"difference": difference, "n_dialogues": None, "n_questions": None, "reason": reason.replace("interval", "estimate")}
+        return {
+            "difference": difference,
+            "n_dialogues": None,
+            "n_questions": None,
+            "reason": reason.replace("interval", "estimate"),
+        }
     spread = float(standard_error(sums, sizes)[0]) * np.sqrt(groups)
 
     def enough(n: int) -> bool:
@@ -247,7 +277,12 @@ def needed(values_a, values_b, clusters, difference: float, weights=None, alpha:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if middle > 2 and enough(middle) else (middle, high)
-    return {"difference": difference, "n_dialogues": high, "n_questions": int(np.ceil(high * a.size / groups)), "reason": None}
+    return {
+        "difference": difference,
+        "n_dialogues": high,
+        "n_questions": int(np.ceil(high * a.size / groups)),
+        "reason": None,
+    }
 
 
 def holm(p_values) -> np.ndarray:
@@ -286,7 +321,9 @@ def compare_all(
     index, groups = _groups(clusters, n)
     rows = []
     for metric in metrics:
-        columns = {name: _array(t[metric], f"{name}, {metric}", n) for name, t in table.items() if t.get(metric) is not None}
+        columns = {
+            name: _array(t[metric], f"{name}, {metric}", n) for name, t in table.items() if t.get(metric) is not None
+        }
         w = _weights((weights or {}).get(metric), n)
         measured = [(a, b) for a, b in pairs if a in columns and b in columns]
         done = {}
@@ -305,7 +342,8 @@ def compare_all(
 def intervals_all(table: dict, clusters, metrics: list[str], weights: dict | None = None, **options) -> list[dict]:
     """`interval` of every configuration and metric that was measured: rows of metric, configuration and its keys."""
     return [
-        {"metric": metric, "configuration": name} | interval(columns[metric], clusters, (weights or {}).get(metric), **options)
+        {"metric": metric, "configuration": name}
+        | interval(columns[metric], clusters, (weights or {}).get(metric), **options)
         for metric in metrics
         for name, columns in table.items()
         if columns.get(metric) is not None
@@ -345,9 +383,18 @@ def correlation(x, y, clusters, confidence: float = 0.95, resamples: int = 2_000
     x = _array(x, "x")
     y = _array(y, "y", x.size)
     index, groups = _groups(clusters, x.size)
-    row = {"n_questions": x.size, "n_dialogues": groups, "rho": None, "ci_low": None, "ci_high": None, "undefined_resamples": 0}
+    row = {
+        "n_questions": x.size,
+        "n_dialogues": groups,
+        "rho": None,
+        "ci_low": None,
+        "ci_high": None,
+        "undefined_resamples": 0,
+    }
     if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return row | {"reason": f"no correlation: {'x' if np.ptp(x) == 0 else 'y'} is the same for all {x.size} questions"}
+        return row | {
+            "reason": f"no correlation: {'x' if np.ptp(x) == 0 else 'y'} is the same for all {x.size} questions"
+        }
     rankings = _ranking(x), _ranking(y)
     row["rho"] = float(_spearman(*rankings, np.ones((x.size, 1)))[0])
     reason = _why_no_interval(groups, groups, "")
@@ -359,6 +406,8 @@ def correlation(x, y, clusters, confidence: float = 0.95, resamples: int = 2_000
     defined = drawn[np.isfinite(drawn)]
     row["undefined_resamples"] = int(resamples - defined.size)
     if defined.size < 0.95 * resamples:
-        return row | {"reason": f"no interval: x or y does not vary in {row['undefined_resamples']} of {resamples} resamples"}
+        return row | {
+            "reason": f"no interval: x or y does not vary in {row['undefined_resamples']} of {resamples} resamples"
+        }
     row["ci_low"], row["ci_high"] = np.quantile(defined, _tails(groups, confidence)).tolist()
     return row | {"reason": None}

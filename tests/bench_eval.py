@@ -37,8 +37,10 @@ from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from helpers import StudyError, memory, models, params, results  # noqa: E402
-from helpers.dialogue import HFDialogue  # noqa: E402
+from helpers import StudyError, params, results  # noqa: E402
+from helpers.evaluate.hf_dialogue import HFDialogue  # noqa: E402
+from helpers.setup import models
+from helpers.setup.device import trim
 
 TURNS, LAST = "coqa_turns", "coqa_last_turns"
 TARGET_TURNS = {"cpu": 12, "cuda": 50}
@@ -52,7 +54,7 @@ def give_back() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     else:
-        memory.trim()
+        trim()
 
 
 class Peak:
@@ -104,7 +106,12 @@ def run(lm: HFLM, task: str, manager: TaskManager, max_gen_toks: int, device: st
     start = time.perf_counter()
     with Peak(device) as peak:
         found = simple_evaluate(
-            model=lm, tasks=[task], task_manager=manager, bootstrap_iters=0, gen_kwargs={"max_gen_toks": max_gen_toks}, verbosity="ERROR"
+            model=lm,
+            tasks=[task],
+            task_manager=manager,
+            bootstrap_iters=0,
+            gen_kwargs={"max_gen_toks": max_gen_toks},
+            verbosity="ERROR",
         )
     samples = sorted(found["samples"][task], key=lambda s: s["doc_id"])
     return {
@@ -163,7 +170,9 @@ def bench(study, name: str, limit: int, sizes: list[int], tasks: list[str], roun
     )
 
     def stock(size: int, task: str) -> dict:
-        return run(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size), task, manager, longest, device) | {"batch_size": size}
+        return run(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size), task, manager, longest, device) | {
+            "batch_size": size
+        }
 
     def mine(task: str, size: int) -> tuple[dict, HFDialogue]:
         lm = HFDialogue(pretrained=model, tokenizer=tokenizer, answer_line=True, batch_size=size, contexts=contexts)
@@ -231,7 +240,9 @@ def missed(found: dict) -> list[str]:
         if r["ratio"] < target:
             bound = f"; {r['prefill_bound']:.1f} if all but the prefill cost nothing"
             out.append(f"{task}: {r['ratio']:.1f} times stock's speed, at least {target} wanted{bound}")
-        if found["arithmetic"] == "float32" and (r["different"] or any(r["stock"][m] != r["dialogue"][m] for m in ("f1", "em"))):
+        if found["arithmetic"] == "float32" and (
+            r["different"] or any(r["stock"][m] != r["dialogue"][m] for m in ("f1", "em"))
+        ):
             out.append(f"{task}: {len(r['different'])} predictions differ from stock's, none should in float32")
         if r["peak_mib"]["dialogue"] > r["peak_mib"]["stock"]:
             out.append(f"{task}: peak of {r['peak_mib']['dialogue']:.0f} MiB, stock {r['peak_mib']['stock']:.0f}")
@@ -243,10 +254,14 @@ def main() -> None:
     parser.add_argument("--study", default="smollm2-135m")
     parser.add_argument("--limit", type=int, default=20, help="dialogues")
     parser.add_argument("--configurations", nargs="*", help="default: all of the study's")
-    parser.add_argument("--tasks", nargs="+", choices=[LAST, TURNS], default=[LAST, TURNS], help="last turns alone take seconds")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=[LAST, TURNS], default=[LAST, TURNS], help="last turns alone take seconds"
+    )
     parser.add_argument("--stock-batch-sizes", nargs="+", type=int, help="default: 1 8 on a CPU, 1 8 32 64 on a GPU")
     parser.add_argument("--contexts", type=int, help="hf-dialogue's, on a CPU; default: the batch size that stock gets")
-    parser.add_argument("--rounds", type=int, help="of the last turns, by both in turn; default: 1 on a CPU, 5 on a GPU")
+    parser.add_argument(
+        "--rounds", type=int, help="of the last turns, by both in turn; default: 1 on a CPU, 5 on a GPU"
+    )
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     study = params.read_study(given.study)

@@ -20,7 +20,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from helpers import StudyError, models, params, results, throughput  # noqa: E402
+from helpers import StudyError, params, results  # noqa: E402
+from helpers.benchmark import throughput
+from helpers.setup import models
 
 NAME = "fp16"
 WITHIN = 0.05
@@ -46,11 +48,17 @@ def theirs(folder: str, loaded, sizes, tokens: int) -> tuple[list[float], list[f
             generate_kwargs={"max_new_tokens": tokens, "min_new_tokens": tokens},
         ),
         backend=PyTorchConfig(
-            model=folder, device=loaded.info["device"], torch_dtype=loaded.info["dtype"], task="text-generation", no_weights=False
+            model=folder,
+            device=loaded.info["device"],
+            torch_dtype=loaded.info["dtype"],
+            task="text-generation",
+            no_weights=False,
         ),
     )
     report = Benchmark.launch(config)
-    return [1e3 * s for s in report.prefill.latency.values], [1e3 * s / (tokens - 1) for s in report.decode.latency.values]
+    return [1e3 * s for s in report.prefill.latency.values], [
+        1e3 * s / (tokens - 1) for s in report.decode.latency.values
+    ]
 
 
 def main() -> None:
@@ -61,7 +69,9 @@ def main() -> None:
     try:
         import optimum_benchmark  # noqa: F401
     except ImportError:
-        raise StudyError("optimum-benchmark is not installed; `pip install optimum-benchmark==0.6.0` into this environment") from None
+        raise StudyError(
+            "optimum-benchmark is not installed; `pip install optimum-benchmark==0.6.0` into this environment"
+        ) from None
     logging.disable(logging.WARNING)
     study, configuration = params.read_study(given.study), params.read_configuration(given.study, NAME)
     loaded, folder = models.load(study, configuration), models.prepare(study)
@@ -71,16 +81,30 @@ def main() -> None:
         *plain, tokens = throughput.eager_samples(loaded.model, ids, sizes)
         with torch.inference_mode():
             *inference, _ = throughput.eager_samples(loaded.model, ids, sizes)
-        for who, (prefill, decode) in ((OURS, plain), (ALIKE, inference), (PEER, theirs(folder, loaded, sizes, tokens))):
+        for who, (prefill, decode) in (
+            (OURS, plain),
+            (ALIKE, inference),
+            (PEER, theirs(folder, loaded, sizes, tokens)),
+        ):
             row = {"by": who, "tokens": tokens, "prefill_ms": prefill, "decode_ms_per_token": decode}
-            print(number, who, {k: round(statistics.median(v), 3) for k, v in row.items() if isinstance(v, list)}, flush=True)
+            print(
+                number,
+                who,
+                {k: round(statistics.median(v), 3) for k, v in row.items() if isinstance(v, list)},
+                flush=True,
+            )
             rounds.append(row | {"warmup": number == 0})
     found = {"rounds": rounds, "prompt_tokens": sizes.prompt_tokens, "ratio": {OURS: {}, ALIKE: {}}}
     for key in ("prefill_ms", "decode_ms_per_token"):
-        medians = {w: statistics.median(x for r in rounds if r["by"] == w and not r["warmup"] for x in r[key]) for w in (OURS, ALIKE, PEER)}
+        medians = {
+            w: statistics.median(x for r in rounds if r["by"] == w and not r["warmup"] for x in r[key])
+            for w in (OURS, ALIKE, PEER)
+        }
         for who in (OURS, ALIKE):
             found["ratio"][who][key] = medians[who] / medians[PEER]
-            print(f"{key}: {who} {medians[who]:.2f}, optimum-benchmark {medians[PEER]:.2f}, ratio {found['ratio'][who][key]:.3f}")
+            print(
+                f"{key}: {who} {medians[who]:.2f}, optimum-benchmark {medians[PEER]:.2f}, ratio {found['ratio'][who][key]:.3f}"
+            )
     target = results.folder(study) / "bench_peer.json"
     results.write_json(target, {"provenance": results.provenance(study, configuration)} | found)
     print(f"wrote {target.relative_to(ROOT)}")

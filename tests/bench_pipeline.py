@@ -41,11 +41,19 @@ def timed(command: list[str], folder: Path) -> dict:
     thread.start()
     code = process.wait()
     done.set()
-    return {"command": " ".join(command[:1] + command[2:]), "seconds": time.perf_counter() - start, "exit": code, "peak_mib": peak}
+    return {
+        "command": " ".join(command[:1] + command[2:]),
+        "seconds": time.perf_counter() - start,
+        "exit": code,
+        "peak_mib": peak,
+    }
 
 
 def main(steps: list[str]) -> None:
-    target, origin = ROOT / "executed/reference/bench_pipeline.json", results.provenance(params.read_study("smollm2-135m"), None)
+    target, origin = (
+        ROOT / "executed/reference/bench_pipeline.json",
+        results.provenance(params.read_study("smollm2-135m"), None),
+    )
     if origin["dirty"]:
         raise SystemExit("there are changes that are not committed, and a clone would not have them; commit them first")
     runs = json.loads(target.read_text())["runs"] if target.is_file() else {}

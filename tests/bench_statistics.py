@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from helpers import statistics  # noqa: E402
-from helpers.redraw import redraw  # noqa: E402
+from helpers.analysis.redraw import redraw  # noqa: E402
 
 TARGET = ROOT / "executed" / "reference" / "bench_statistics.json"
 DIALOGUES = (10, 20, 50, 100, 500)
@@ -52,7 +52,12 @@ def make(scenario: dict, groups: int, studies: int, rng):
     mean, flips, offset = scenario["mean"], scenario.get("flips", 0), scenario.get("offset", 0)
     common = mean + rng.normal(0, DIALOGUE_SD, (groups, studies))[index] + rng.normal(size=(n, studies))
     if "shift" not in scenario:
-        return index, LEVELS[np.searchsorted(CUTS, common)], np.ones((n, 1)), expected_score(mean, np.hypot(DIALOGUE_SD, 1))
+        return (
+            index,
+            LEVELS[np.searchsorted(CUTS, common)],
+            np.ones((n, 1)),
+            expected_score(mean, np.hypot(DIALOGUE_SD, 1)),
+        )
 
     def scores(shift, flips, offset):
         latent = common + shift + rng.normal(0, offset, (groups, studies))[index] + rng.normal(0, flips, (n, studies))
@@ -87,7 +92,10 @@ def other_limits(sums, sizes, counts):
     errors = np.sqrt(np.maximum(squares, 0) * groups / (groups - 1)) / drawn_sizes
     studentized = (drawn - ratio) / np.maximum(errors, 1e-9)
     low, high = np.quantile(studentized, [0.025, 0.975], axis=0)
-    return {"percentile": np.quantile(drawn, [0.025, 0.975], axis=0), "bootstrap-t": np.stack([ratio - high * error, ratio - low * error])}
+    return {
+        "percentile": np.quantile(drawn, [0.025, 0.975], axis=0),
+        "bootstrap-t": np.stack([ratio - high * error, ratio - low * error]),
+    }
 
 
 def coverage(groups: int, maker, rng, skewed: bool) -> dict:
@@ -103,7 +111,10 @@ def coverage(groups: int, maker, rng, skewed: bool) -> dict:
         for kind, (low, high) in ({"chosen": chosen} | other_limits(sums, sizes, counts)).items():
             held.setdefault(kind, []).append((low <= truth) & (truth <= high))
     given = np.concatenate(given)
-    percent = {kind: round(100 * float(np.concatenate(parts)[given].mean()), 2) if given.any() else None for kind, parts in held.items()}
+    percent = {
+        kind: round(100 * float(np.concatenate(parts)[given].mean()), 2) if given.any() else None
+        for kind, parts in held.items()
+    }
     return {"dialogues": groups, "given_percent": round(100 * float(given.mean()), 1), "coverage_percent": percent}
 
 
@@ -126,7 +137,11 @@ def power(groups: int, rng) -> dict:
     detectable = statistics._noncentrality(groups - 1, 0.05, 0.8) * float(np.sqrt((errors**2).mean()))
     p = [statistics.sign_flip_p(s + detectable * sizes, RESAMPLES, int(rng.integers(2**31))) for s, sizes in sums]
     rejected = np.concatenate(p) <= 0.05
-    return {"dialogues": groups, "detectable": round(detectable, 4), "rejected_percent": round(100 * float(rejected.mean()), 2)}
+    return {
+        "dialogues": groups,
+        "detectable": round(detectable, 4),
+        "rejected_percent": round(100 * float(rejected.mean()), 2),
+    }
 
 
 def rank_coverage(groups: int, rng, studies: int = 1_000) -> dict:
@@ -136,7 +151,9 @@ def rank_coverage(groups: int, rng, studies: int = 1_000) -> dict:
     held = 0
     for study in range(studies):
         index = np.repeat(np.arange(groups), rng.integers(8, 16, size=groups))
-        x, z = (np.sqrt(0.2) * rng.normal(size=groups)[index] + np.sqrt(0.8) * rng.normal(size=len(index)) for _ in range(2))
+        x, z = (
+            np.sqrt(0.2) * rng.normal(size=groups)[index] + np.sqrt(0.8) * rng.normal(size=len(index)) for _ in range(2)
+        )
         row = statistics.correlation(x, r * x + np.sqrt(1 - r**2) * z, index, resamples=500, seed=study)
         held += row["ci_low"] <= truth <= row["ci_high"]
     return {"dialogues": groups, "studies": studies, "coverage_percent": round(100 * float(held) / studies, 2)}
@@ -166,12 +183,24 @@ def full_size(rng) -> dict:
     timed("redraw", lambda: redraw({name: values[15::16] for name, values in f1.items()}, pairs))
     timed("redraw, any turn", lambda: redraw(f1, pairs, clusters=clusters))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"comparisons": len(rows), "seconds": seconds, "total_seconds": round(sum(seconds.values()), 2), "peak_gib": round(peak, 2)}
+    return {
+        "comparisons": len(rows),
+        "seconds": seconds,
+        "total_seconds": round(sum(seconds.values()), 2),
+        "peak_gib": round(peak, 2),
+    }
 
 
 def main() -> int:
     rng = np.random.default_rng(20261)
-    result = {"studies": STUDIES, "resamples": RESAMPLES, "full_size": full_size(rng), "coverage": {}, "level": {}, "missed": []}
+    result = {
+        "studies": STUDIES,
+        "resamples": RESAMPLES,
+        "full_size": full_size(rng),
+        "coverage": {},
+        "level": {},
+        "missed": [],
+    }
     print(f"8,000 questions, 7 configurations: {result['full_size']}")
     if result["full_size"]["total_seconds"] > 20 or result["full_size"]["peak_gib"] > 6:
         result["missed"].append("full size: more than 20 s or 6 GiB")
@@ -182,7 +211,9 @@ def main() -> int:
         for row in result["coverage"][name]:
             print(f"coverage, {name}: {row}")
             if row["given_percent"] >= 50 and abs(row["coverage_percent"]["chosen"] - 95) > 2:
-                result["missed"].append(f"coverage, {name}, {row['dialogues']} dialogues: {row['coverage_percent']['chosen']}%")
+                result["missed"].append(
+                    f"coverage, {name}, {row['dialogues']} dialogues: {row['coverage_percent']['chosen']}%"
+                )
     result["coverage"]["Spearman"] = [rank_coverage(groups, rng) for groups in (10, 50, 100)]
     for row in result["coverage"]["Spearman"]:
         print(f"coverage, Spearman: {row}")

@@ -9,12 +9,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers import CACHE, ROOT, models, params
+from helpers import CACHE, ROOT, params
+from helpers.setup import models
 
 # Two tests that load a model side by side need no more threads than there are cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-TINY = {"prefill_tokens": [16, 32], "batch_sizes": [1, 2], "prompt_tokens": 16, "decode_tokens": 4, "repeats": 3, "warmup": 1}
+TINY = {
+    "prefill_tokens": [16, 32],
+    "batch_sizes": [1, 2],
+    "prompt_tokens": 16,
+    "decode_tokens": 4,
+    "repeats": 3,
+    "warmup": 1,
+}
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +48,9 @@ def project(tmp_path, study) -> Path:
     """The project as it stands, without results, with a study `tiny` of four dialogues; the weights' cache is shared."""
     models.prepare(study)
     root = tmp_path / "project"
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in listed.stdout.splitlines():
         if (ROOT / name).is_file() and not name.startswith(("executed/", "figures/")):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -49,12 +59,11 @@ def project(tmp_path, study) -> Path:
     tiny = yaml.safe_load((ROOT / "params/smollm2-135m/study.yaml").read_text())
     tiny |= {"study": "tiny", "title": "Tiny", "statistics": {"resamples": 200, "redraws": 200}}
     tiny["data"] |= {"dialogues": 5, "dialogues_on_cpu": 4}
-    tiny["benchmark"]["cpu"] = TINY
+    tiny["formats"] = ["fp16", "nf4"]
+    tiny["benchmark"] = {"cpu": TINY}
     tiny["fidelity"] = {"dialogues": 2, "noise_seeds": [0], "block_sizes": [64]}
     (root / "params/tiny").mkdir()
     (root / "params/tiny/study.yaml").write_text(yaml.safe_dump(tiny, sort_keys=False))
-    for name in ("fp16", "nf4"):
-        shutil.copy(ROOT / f"params/smollm2-135m/{name}.yaml", root / "params/tiny")
     return root
 
 
@@ -65,6 +74,14 @@ def make(project):
     def run(*arguments: str, **options):
         command = ["make", f"PYTHON={sys.executable}", "STUDY=tiny", *arguments]
         environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-        return subprocess.run(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options)
+        return subprocess.run(
+            command,
+            cwd=project,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            **options,
+        )
 
     return run

@@ -113,7 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, b"", commit | {"ETag": '"listed"', "Content-Length": str(content)})
         sha256 = hashlib.sha256(content).hexdigest()
         if len(content) > 100_000:  # as files in large file storage
-            linked = {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content)), "Location": f"{self.hub.cdn}/cdn/{sha256}"}
+            linked = {
+                "X-Linked-Etag": f'"{sha256}"',
+                "X-Linked-Size": str(len(content)),
+                "Location": f"{self.hub.cdn}/cdn/{sha256}",
+            }
             return self._send(302, b"", commit | linked)
         return self._send(200, content, commit | {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from helpers import results
-from helpers.redraw import redraw
+from helpers.analysis.redraw import redraw
 from helpers.statistics import compare_all, intervals_all
 
 LABELS = {"fp16": "FP16", "int8": "LLM.int8()", "fp8": "FP8", "gptq": "GPTQ", "awq": "AWQ", "nf4": "NF4", "fp4": "FP4"}
@@ -42,7 +42,9 @@ def result(study, name: str | None, kind: str, data: dict | None, reason: str | 
         reason=reason,
         data=data,
         provenance={
-            "configuration": {"configuration": name, "label": LABELS.get(name, name), "quantization": quantization} if name else None,
+            "configuration": {"configuration": name, "label": LABELS.get(name, name), "quantization": quantization}
+            if name
+            else None,
             "packages": {"torch": "2.13.0", "transformers": "5.17.0", "bitsandbytes": "0.50.2", "lm_eval": "0.4.13"},
             "processor": "Some CPU @ 2.20GHz",
             "cores": 2,
@@ -90,7 +92,9 @@ def weights() -> dict:
     levels, edges = np.linspace(-1, 1, 16), np.linspace(-1, 1, 81)
     books = {
         "nf4": np.sign(levels) * np.abs(levels) ** 1.4,
-        "fp4": np.array([-1, -0.67, -0.5, -0.33, -0.25, -0.17, -0.005, -0.0, 0.0, 0.005, 0.17, 0.25, 0.33, 0.5, 0.67, 1]),
+        "fp4": np.array(
+            [-1, -0.67, -0.5, -0.33, -0.25, -0.17, -0.005, -0.0, 0.0, 0.005, 0.17, 0.25, 0.33, 0.5, 0.67, 1]
+        ),
         "lloyd_max": np.sign(levels) * np.abs(levels) ** 1.2,
         "gaussian_lloyd_max": np.sign(levels) * np.abs(levels) ** 1.3,
         "uniform": levels,
@@ -105,7 +109,13 @@ def weights() -> dict:
 def sensitivity() -> dict:
     rng = np.random.default_rng(1)
     rows = [
-        {"depth": depth, "format": name, "relative_squared_error": error, "ln_ratio": 0.01, "kl": float(error * rng.uniform(0.1, 2))}
+        {
+            "depth": depth,
+            "format": name,
+            "relative_squared_error": error,
+            "ln_ratio": 0.01,
+            "kl": float(error * rng.uniform(0.1, 2)),
+        }
         for depth in range(30)
         for name, error in (("nf4", 0.0085 + 0.0001 * depth), ("fp4", 0.013 + 0.0001 * depth))
     ]
@@ -117,7 +127,13 @@ def fidelity(name: str) -> dict:
     shape = {"mean": 1.0, "median": 0.4, "p95": 4.0, "p99": 8.0, "p999": 20.0, "max": 60.0}
     kl = {key: max(ln, 1e-7) * factor for key, factor in shape.items()}
     intervals = {key: {"ci_low": 0.8 * value, "ci_high": 1.3 * value} for key, value in kl.items() if key != "max"}
-    perplexity = {"full": PERPLEXITY["fp16"], "quantized": PERPLEXITY[name], "ln_ratio": ln, "ci_low": ln - 0.03, "ci_high": ln + 0.03}
+    perplexity = {
+        "full": PERPLEXITY["fp16"],
+        "quantized": PERPLEXITY[name],
+        "ln_ratio": ln,
+        "ci_low": ln - 0.03,
+        "ci_high": ln + 0.03,
+    }
     own = {"formats": {name: {"relative_squared_error": WEIGHT_ERROR.get(name)}}}
     return {
         "tokens": 10_000,

@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from helpers import StudyError, claims, params
-from helpers.claims import FAILS, HOLDS, OPEN
-from helpers.redraw import redraw
+from helpers import StudyError, params
+from helpers.analysis import claims
+from helpers.analysis.claims import FAILS, HOLDS, OPEN
+from helpers.analysis.redraw import redraw
 from helpers.statistics import compare_all
 
 PAPER = params.read_paper()
@@ -38,7 +39,10 @@ def times(unit, key, values, mode="eager", spread=0.01):
 
 def largest(budgets):
     made = {"allocated_before_mb": 1000.0}
-    return [{"budget_gib": g, "batch": b, "tokens_per_second": r, "predicted_batch": b} | made for g, (b, r) in budgets.items()]
+    return [
+        {"budget_gib": g, "batch": b, "tokens_per_second": r, "predicted_batch": b} | made
+        for g, (b, r) in budgets.items()
+    ]
 
 
 def machine(footprint, allocated, prefill, eager, graph, budgets, device="cuda"):
@@ -70,7 +74,11 @@ def results():
         "paper_model": "Llama-3.2-1B",
         "is_paper_model": True,
         "full": "fp16",
-        "comparisons": [row("fp16", "nf4", 0.02, 0.08), row("fp16", "fp4", -0.06, -0.02), row("nf4", "fp4", -0.12, -0.05)],
+        "comparisons": [
+            row("fp16", "nf4", 0.02, 0.08),
+            row("fp16", "fp4", -0.06, -0.02),
+            row("nf4", "fp4", -0.12, -0.05),
+        ],
         "redraw": [{"design": "50 last turns, without replacement, from 500", "draws": 10_000, "comparisons": draws}],
         "benchmark": {
             "fp16": machine(2357.13, 2358.13, {128: 12.0, 512: 45.0}, fast, quick, {4: (20, 700.0)}),
@@ -88,7 +96,9 @@ def results():
             "layers": distances,
         },
         "noise": {"seeds": [seed | {"seed": i} for i in range(3)]},
-        "failures": [{"configuration": "int8", "kind": "benchmark", "reason": "Error at line 380 in file /src/csrc/ops.cu"}],
+        "failures": [
+            {"configuration": "int8", "kind": "benchmark", "reason": "Error at line 380 in file /src/csrc/ops.cu"}
+        ],
     }
 
 
@@ -105,7 +115,10 @@ def test_a_study_in_which_the_paper_is_right(results):
 
 def second_run(results, *swapped):
     """The same times again, those of full precision and NF4 swapped in these parts."""
-    again = {name: {part: copy.deepcopy(data[part]) for part in ("prefill", "decode")} for name, data in results["benchmark"].items()}
+    again = {
+        name: {part: copy.deepcopy(data[part]) for part in ("prefill", "decode")}
+        for name, data in results["benchmark"].items()
+    }
     for part in swapped:
         again["fp16"][part], again["nf4"][part] = again["nf4"][part], again["fp16"][part]
     results["again"] = again
@@ -133,7 +146,9 @@ def test_a_second_run_of_one_side_alone_decides_nothing(results):
 
 def compared(a, b, low, high):
     def change(results):
-        results["comparisons"] = [r for r in results["comparisons"] if {r["a"], r["b"]} != {a, b}] + [row(a, b, low, high)]
+        results["comparisons"] = [r for r in results["comparisons"] if {r["a"], r["b"]} != {a, b}] + [
+            row(a, b, low, high)
+        ]
 
     return change
 
@@ -151,7 +166,9 @@ def put(path, value):
 
 
 def decode_times(name, eager, graph=None, spread=0.01):
-    rows = times("ms_per_token", "batch", eager, spread=spread) + times("ms_per_token", "batch", graph or {1: 9.0, 8: 13.0}, "cuda_graph")
+    rows = times("ms_per_token", "batch", eager, spread=spread) + times(
+        "ms_per_token", "batch", graph or {1: 9.0, 8: 13.0}, "cuda_graph"
+    )
     return put(("benchmark", name, "decode"), rows)
 
 
@@ -202,7 +219,11 @@ FLIPS = [
     ("prefill_slower", put((*NF4, "prefill"), times("ms", "tokens", {128: 8.0, 512: 60.0})), FAILS),
     ("prefill_slower", put((*NF4, "prefill"), times("ms", "tokens", {128: 12.1, 512: 60.0})), OPEN),
     ("prefill_slower", put((*NF4, "prefill"), times("ms", "tokens", {128: 18.0, 512: 60.0}, spread=0.6)), OPEN),
-    ("prefill_slower", put((*NF4, "prefill"), times("ms", "tokens", {64: 1.0, 128: 18.0, 512: 60.0})), HOLDS),  # 64 is not the paper's
+    (
+        "prefill_slower",
+        put((*NF4, "prefill"), times("ms", "tokens", {64: 1.0, 128: 18.0, 512: 60.0})),
+        HOLDS,
+    ),  # 64 is not the paper's
     ("decode_slower", decode_times("nf4", {1: 8.0}), FAILS),
     ("decode_slower", decode_times("nf4", {1: 10.1}), OPEN),
     ("throughput_lower", decode_times("nf4", {1: 15.0, 4: 17.0, 8: 9.0}), FAILS),
@@ -212,9 +233,17 @@ FLIPS = [
     ("batch_recovers", budgets("nf4", g4=(60, 500.0)), FAILS),
     ("batch_recovers", budgets("fp16", g4=(0, None)), HOLDS),  # full precision does not fit
     ("batch_recovers", budgets("nf4", g8=(60, 500.0)), OPEN),  # no budget in common
-    ("fp4_is_uniform", put(("weights", "codebooks", "fp4"), {"levels": [-1, -0.5, -0.25, 0, 0.0, 0.25, 0.5, 1]}), FAILS),
+    (
+        "fp4_is_uniform",
+        put(("weights", "codebooks", "fp4"), {"levels": [-1, -0.5, -0.25, 0, 0.0, 0.25, 0.5, 1]}),
+        FAILS,
+    ),
     ("nf4_is_optimal", put(("weights", "formats", "nf4", "relative_squared_error"), 0.0090), FAILS),
-    ("weights_are_normal", put(("weights", "layers"), [{"ks_distance": 0.01}] * 8 + [{"ks_distance": 0.05}] * 2), FAILS),
+    (
+        "weights_are_normal",
+        put(("weights", "layers"), [{"ks_distance": 0.01}] * 8 + [{"ks_distance": 0.05}] * 2),
+        FAILS,
+    ),
     ("weights_are_normal", put(("weights", "layers"), [{"ks_distance": 0.01}] * 9 + [{"ks_distance": 0.05}]), HOLDS),
     ("noise_helps", noise((0.05, 0.1), (-0.03, -0.01)), FAILS),
     ("noise_helps", noise((0.05, 0.1), (-0.03, 0.03)), FAILS),
@@ -223,12 +252,18 @@ FLIPS = [
     ("noise_helps", noise((-0.1, 0.1), (0.01, 0.03)), HOLDS),
     ("int8_cannot_run", int8_runs("cuda"), FAILS),
     ("int8_cannot_run", int8_runs("cpu"), OPEN),  # not the kernel in question
-    ("int8_cannot_run", put(("failures",), [{"configuration": "int8", "kind": "benchmark", "reason": "no memory"}]), OPEN),
+    (
+        "int8_cannot_run",
+        put(("failures",), [{"configuration": "int8", "kind": "benchmark", "reason": "no memory"}]),
+        OPEN,
+    ),
     ("int8_is_fp8", put(("weights", "formats", "int8", "dtype"), "int8"), FAILS),
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "expected"), FLIPS, ids=[f"{i}-{name}-{e}" for i, (name, _, e) in enumerate(FLIPS)])
+@pytest.mark.parametrize(
+    ("name", "change", "expected"), FLIPS, ids=[f"{i}-{name}-{e}" for i, (name, _, e) in enumerate(FLIPS)]
+)
 def test_results_flip_the_verdict(results, name, change, expected):
     assert verdict(results, name) == HOLDS
     change(results)
@@ -295,7 +330,11 @@ def test_no_cuda_graph_leaves_the_cause_open(results):
 def test_weights_and_noise_are_found_in_fidelity(results):
     weights = results.pop("weights")
     own = {"formats": {"nf4": {"relative_squared_error": 0.5}, "gptq": {"relative_squared_error": 0.004}}}
-    results["fidelity"] = {"nf4": {"weights": own}, "fp16": {"weights": weights, "noise": results.pop("noise")}, "int8": None}
+    results["fidelity"] = {
+        "nf4": {"weights": own},
+        "fp16": {"weights": weights, "noise": results.pop("noise")},
+        "int8": None,
+    }
     rows = claims.judge(results, PAPER)
     # full precision's analysis measured NF4 like Lloyd-Max, with exact scales; the configuration's own error is another figure
     assert {r["verdict"] for r in rows} == {HOLDS}
@@ -303,7 +342,14 @@ def test_weights_and_noise_are_found_in_fidelity(results):
 
 def test_an_interval_that_could_not_be_had_gives_its_reason(results):
     for r in results["comparisons"]:
-        r.update(ci_low=None, ci_high=None, p=None, p_holm=None, detectable=None, reason="no interval: 9 dialogues are fewer than 10")
+        r.update(
+            ci_low=None,
+            ci_high=None,
+            p=None,
+            p_holm=None,
+            detectable=None,
+            reason="no interval: 9 dialogues are fewer than 10",
+        )
     rows = {r["id"]: r for r in claims.judge(results, PAPER)}
     for name in ("nf4_beats_full", "nf4_matches_full", "fp4_below_nf4", "fp4_below_full", "nf4_pareto"):
         assert rows[name]["verdict"] == OPEN and "9 dialogues" in rows[name]["evidence"]
@@ -319,14 +365,18 @@ def test_the_scope_says_what_else_differs(results):
         else:
             assert "smollm2-135m, not the paper's Llama-3.2-1B" in r["scope"]
             assert ("Q4_1" in r["scope"]) == (r["about"] != "hardware")
-    hardware = [r["scope"] for r in claims.judge(results | {"same_architecture": True}, PAPER) if r["about"] == "hardware"]
+    hardware = [
+        r["scope"] for r in claims.judge(results | {"same_architecture": True}, PAPER) if r["about"] == "hardware"
+    ]
     assert all("not the paper's" not in s and "measured on cuda, in the paper on an NVIDIA A100" in s for s in hardware)
 
 
 def test_the_evidence_has_the_numbers(results):
     rows = {r["id"]: r for r in claims.judge(results, PAPER)}
     text = rows["nf4_beats_full"]["evidence"]
-    assert text.startswith("NF4 minus FP16: +5.0 F1 points, 95% interval +2.0 to +8.0 (500 questions of 50 dialogues; adjusted p 0.04;")
+    assert text.startswith(
+        "NF4 minus FP16: +5.0 F1 points, 95% interval +2.0 to +8.0 (500 questions of 50 dialogues; adjusted p 0.04;"
+    )
     assert "2357.13 to 965.13 MB, 59.1% smaller" in rows["size_reduction"]["evidence"]
     assert "1.50 at tokens 128, 1.33 at tokens 512" in rows["prefill_slower"]["evidence"]
     assert "+5.00 ms a token in eager mode and +4.00 ms" in rows["dequantization_is_the_cause"]["evidence"]
@@ -364,4 +414,9 @@ def test_judges_what_statistics_and_redraw_really_return():
     }
     rows = {r["id"]: r for r in claims.judge(results, PAPER)}
     assert rows["nf4_beats_full"]["verdict"] == rows["nf4_matches_full"]["verdict"] == FAILS
-    assert rows["fp4_below_nf4"]["verdict"] == rows["fp4_below_full"]["verdict"] == rows["fifty_give_direction"]["verdict"] == HOLDS
+    assert (
+        rows["fp4_below_nf4"]["verdict"]
+        == rows["fp4_below_full"]["verdict"]
+        == rows["fifty_give_direction"]["verdict"]
+        == HOLDS
+    )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from helpers import codebooks
+from helpers.fidelity import codebooks
 
 
 def plain_gaussian(scale: float = 8.0) -> codebooks.Density:
@@ -34,7 +34,9 @@ def test_gaussian_blocks_against_their_maxima(block_size):
     assert weighted.second.sum().item() == pytest.approx(1 / np.mean(m**2), rel=2e-3)
     cut = 1 - 2 * m * norm.pdf(m) / (2 * norm.cdf(m) - 1)  # variance of a Gaussian cut off at m
     plain = codebooks.gaussian_blocks(block_size, by_square=False)
-    assert plain.second.sum().item() == pytest.approx(np.mean(1 / block_size + (1 - 1 / block_size) * cut / m**2), rel=2e-3)
+    assert plain.second.sum().item() == pytest.approx(
+        np.mean(1 / block_size + (1 - 1 / block_size) * cut / m**2), rel=2e-3
+    )
 
 
 def test_gaussian_blocks_are_what_samples_are():
@@ -57,14 +59,19 @@ def test_errors_from_densities_are_those_of_rounding(name):
     assert codebooks.relative_squared_error(density, levels).item() == pytest.approx(expected.item(), rel=1e-3)
     rounded = codebooks.round_to(weight, levels, 128).flatten()
     # a weight halfway between two levels may go either way
-    torch.testing.assert_close((rounded - weight.flatten()).abs(), (brute - weight.flatten()).abs(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        (rounded - weight.flatten()).abs(), (brute - weight.flatten()).abs(), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_lloyd_max_is_the_optimum_of_brute_force():
     # A mass of 7 values and 3 levels: every split into three runs of neighbours, each at its mean.
     values, counts = torch.tensor([-0.9, -0.5, -0.4, 0.1, 0.2, 0.3, 0.95]), torch.tensor([1.0, 2, 2, 3, 1, 3, 1])
     best = min(
-        sum((((values[p] - np.average(values[p], weights=counts[p])) ** 2) * counts[p]).sum().item() for p in np.split(np.arange(7), cut))
+        sum(
+            (((values[p] - np.average(values[p], weights=counts[p])) ** 2) * counts[p]).sum().item()
+            for p in np.split(np.arange(7), cut)
+        )
         for cut in itertools.combinations(range(1, 7), 2)
     )
     density = codebooks.density(values, counts)
@@ -80,7 +87,13 @@ def test_no_codebook_beats_lloyd_max_and_batches_are_the_same():
     for i, density in enumerate(densities):
         alone, error = codebooks.lloyd_max(density, nf4)
         assert (levels[i] - alone).abs().max() < 1e-4 and errors[i].item() == pytest.approx(error.item(), rel=1e-6)
-        for other in (nf4, torch.tensor(codebooks.library("fp4")), torch.tensor(codebooks.uniform()), alone + 0.003, alone * 1.01):
+        for other in (
+            nf4,
+            torch.tensor(codebooks.library("fp4")),
+            torch.tensor(codebooks.uniform()),
+            alone + 0.003,
+            alone * 1.01,
+        ):
             assert codebooks.relative_squared_error(density, other) > error
 
 

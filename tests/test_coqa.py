@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from helpers import StudyError, coqa
+from helpers import StudyError
+from helpers.setup import coqa
 
 OFFICIAL = json.loads((coqa.EMBEDDED / "news.json").read_text())
 
@@ -17,7 +18,11 @@ def one() -> dict:
 
 def save(tmp_path, records, name="mine.json"):
     path = tmp_path / name
-    text = "\n".join(json.dumps(r) for r in records) if name.endswith("l") else json.dumps({"version": "1.0", "data": records})
+    text = (
+        "\n".join(json.dumps(r) for r in records)
+        if name.endswith("l")
+        else json.dumps({"version": "1.0", "data": records})
+    )
     path.write_text(text)
     return path
 
@@ -73,7 +78,10 @@ def edit(path, value=None):
         (edit(["answers", 0]), "answers to"),
         (edit(["answers", 1, "turn_id"], 9), "field 'answers', turn 2: 'turn_id' is 9, expected 2"),
         (edit(["answers", 1, "span_end"], 99999), "field 'answers', turn 2: 'span_start'"),
-        (edit(["additional_answers", "1", 3, "input_text"]), "field 'additional_answers.1', turn 4: 'input_text' is missing"),
+        (
+            edit(["additional_answers", "1", 3, "input_text"]),
+            "field 'additional_answers.1', turn 4: 'input_text' is missing",
+        ),
         (edit(["questions"], "what?"), "field 'questions': expected a list, found str"),
     ],
 )

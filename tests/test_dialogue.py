@@ -15,9 +15,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.coqa import utils as upstream
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import ROOT, coqa, slots, static_slots
-from helpers.answers import Request, group_by_prefix, guess
-from helpers.dialogue import CPU_ROWS, HFDialogue
+from helpers import ROOT
+from helpers.evaluate import slots, static_slots
+from helpers.evaluate.hf_dialogue import CPU_ROWS, HFDialogue
+from helpers.evaluate.requests import Request, group_by_prefix, guess
+from helpers.setup import coqa
+from helpers.setup.layers import widest_layer
 
 TASKS = str(ROOT / "helpers" / "tasks")
 BFLOAT16_TIE = 0.1  # logits; their spread over the vocabulary is some 20
@@ -41,7 +44,13 @@ FAMILIES = {
 def small(kind: str, tokenizer, **options):
     """An untrained model of an architecture: its greedy answers are gibberish, and as sensitive to a wrong mask as any."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "initializer_range": 0.3}
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "initializer_range": 0.3,
+    }
     config = AutoConfig.for_model(kind, **(sizes | SIZES | FAMILIES.get(kind, {}) | options))
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -146,7 +155,9 @@ def test_same_predictions_and_scores_on_dialogues(configuration, load, tmp_path)
     mine = HFDialogue(pretrained=model, tokenizer=tokenizer, answer_line=True)
     expected = lm_eval.simple_evaluate(model=stock, tasks=["coqa_turns"], **arguments)
     found = lm_eval.simple_evaluate(model=mine, tasks=["coqa_turns"], **arguments)
-    for n, (theirs, ours) in enumerate(zip(expected["samples"]["coqa_turns"], found["samples"]["coqa_turns"], strict=True)):
+    for n, (theirs, ours) in enumerate(
+        zip(expected["samples"]["coqa_turns"], found["samples"]["coqa_turns"], strict=True)
+    ):
         assert (ours["doc"]["id"], ours["doc"]["turn"]) == (theirs["doc"]["id"], theirs["doc"]["turn"])
         said, wanted = ours["resps"][0][0], theirs["resps"][0][0]
         if rounds_to_bfloat16(configuration) and first_line(said) != first_line(wanted):
@@ -189,7 +200,9 @@ def shorten(dialogue: dict, turns: int = 3, words: int = 60) -> dict:
 def test_int8_answers_as_stock_does(load):
     """LLM.int8() looks for outliers in everything that runs together, so only a context alone is certain to come out alike."""
     model, tokenizer, _ = load("int8")
-    expected, found, mine = both(model, tokenizer, ["The sky is blue.\n\nQ: What colour is the sky?\n\nA:"], max_gen_toks=4)
+    expected, found, mine = both(
+        model, tokenizer, ["The sky is blue.\n\nQ: What colour is the sky?\n\nA:"], max_gen_toks=4
+    )
     assert found == expected
     assert mine.counts["requests"] == 1 and not mine.fallbacks
 
@@ -245,7 +258,9 @@ def test_a_context_beyond_the_window_is_cut_as_stock_cuts_it(tiny, tokenizer):
 
 
 def test_an_answer_that_never_ends_stops_at_max_gen_toks(tiny, tokenizer):
-    expected, found, mine = both(tiny, tokenizer, MIXED, until=["never this"], max_gen_toks=40, options={"static": True})
+    expected, found, mine = both(
+        tiny, tokenizer, MIXED, until=["never this"], max_gen_toks=40, options={"static": True}
+    )
     assert found == expected
     assert max(len(tokens) for tokens in mine.generated) == 40
 
@@ -268,7 +283,7 @@ def test_buffers_that_are_too_short_grow_and_the_answers_stay(static, tiny, toke
 
 
 def test_slots_that_nothing_will_use_again_are_given_up(tiny, tokenizer, monkeypatch):
-    monkeypatch.setattr("helpers.dialogue.room", lambda turns: 1)
+    monkeypatch.setattr("helpers.evaluate.hf_dialogue.room", lambda turns: 1)
     counts = []
 
     def watched(self, *arguments, repack=static_slots.StaticSlots.repack):
@@ -313,7 +328,7 @@ def test_guesses_right_and_wrong_change_no_answer(static, tiny, tokenizer, monke
         rest = truth[request.context][len(request.made) :][: max(0, count)]
         return [token + (n == 3) for n, token in enumerate(rest)]
 
-    monkeypatch.setattr("helpers.dialogue.guess", foretold)
+    monkeypatch.setattr("helpers.evaluate.hf_dialogue.guess", foretold)
     _, again, told = both(tiny, tokenizer, MIXED, options=options, **endless)
     assert again == expected and told.counts["guessed"] > told.counts["guessed_right"] > 20
     assert told.counts["decode_steps"] < mine.counts["decode_steps"]
@@ -464,8 +479,15 @@ def test_out_of_memory_halves_the_batch_and_keeps_finished_answers(tiny, tokeniz
     assert mine.generate_until(requests(MIXED), disable_tqdm=True) == stock
     groups, _ = group_by_prefix(mine._prepare(requests(MIXED), range(len(MIXED))))
     columns = (2 * mine._columns(groups, CPU_ROWS) + mine._running(groups[0].length)) // 2
-    assert mine.counts["out_of_memory"] == 1 and vars(mine.limits) == {"slots": 1, "rows": 4, "prefill_tokens": 256, "columns": columns}
-    assert sorted(mine.cache_hook.answers) == sorted(zip(MIXED, stock, strict=True)), "an answer was lost or given twice"
+    assert mine.counts["out_of_memory"] == 1 and vars(mine.limits) == {
+        "slots": 1,
+        "rows": 4,
+        "prefill_tokens": 256,
+        "columns": columns,
+    }
+    assert sorted(mine.cache_hook.answers) == sorted(zip(MIXED, stock, strict=True)), (
+        "an answer was lost or given twice"
+    )
 
 
 def test_out_of_memory_with_nothing_left_to_halve_is_the_users_to_see(tiny, tokenizer, monkeypatch):
@@ -494,7 +516,7 @@ def test_an_error_leaves_the_model_as_it_was_and_a_second_run_finishes(tiny, tok
 def test_rows_times_columns_stay_under_two_to_the_31(tokenizer):
     model = small("llama", tokenizer)
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(96, 2**28, bias=False, device="meta")
-    assert slots.widest_layer(model) == 2**28
+    assert widest_layer(model) == 2**28
     mine = HFDialogue(pretrained=model, tokenizer=tokenizer)
     groups, _ = group_by_prefix([request(0, "a", [1] * 100)])
     limits = mine._find_limits(groups)
@@ -518,7 +540,18 @@ def test_lm_evals_command_line(tiny, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     path = tmp_path / "dialogues.json"
     path.write_text(json.dumps([shorten(d) for d in coqa.read("embedded", 2)]))
-    command = [sys.executable, "-m", "helpers.dialogue", "run", "--model", "hf-dialogue", "--tasks", "coqa_turns", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "helpers.evaluate.hf_dialogue",
+        "run",
+        "--model",
+        "hf-dialogue",
+        "--tasks",
+        "coqa_turns",
+        "--device",
+        "cpu",
+    ]
     command += ["--model_args", f"pretrained={tmp_path / 'model'},answer_line=True", "--include_path", TASKS]
     command += ["--metadata", json.dumps({"source": str(path)}), "--gen_kwargs", "max_gen_toks=4", "--log_samples"]
     done = subprocess.run([*command, "--output_path", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
@@ -526,7 +559,11 @@ def test_lm_evals_command_line(tiny, tokenizer, tmp_path):
     assert "|coqa_turns|" in done.stdout.replace(" ", "")
     (samples,) = (tmp_path / "out").rglob("samples_coqa_turns_*.jsonl")
     docs = [json.loads(line)["doc"] for line in samples.read_text().splitlines()]
-    assert [d["turn"] for d in docs] == [1, 2, 3, 1, 2, 3] and [d["last_turn"] for d in docs] == [False, False, True] * 2
+    assert [d["turn"] for d in docs] == [1, 2, 3, 1, 2, 3] and [d["last_turn"] for d in docs] == [
+        False,
+        False,
+        True,
+    ] * 2
 
 
 # ---- the captured step
@@ -583,7 +620,9 @@ def test_int8_with_a_threshold_is_never_captured(load, tiny):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_captured_step_answers_as_the_eager_one(tokenizer):
     model = small("llama", tokenizer).cuda()
-    eager = HFDialogue(pretrained=model, tokenizer=tokenizer, cuda_graph=False).generate_until(requests(MIXED), disable_tqdm=True)
+    eager = HFDialogue(pretrained=model, tokenizer=tokenizer, cuda_graph=False).generate_until(
+        requests(MIXED), disable_tqdm=True
+    )
     captured = HFDialogue(pretrained=model, tokenizer=tokenizer)
     assert captured.generate_until(requests(MIXED), disable_tqdm=True) == eager
     assert captured.counts["graphs"] > 0 and not captured.fallbacks

@@ -5,7 +5,10 @@ import pytest
 import torch
 from scipy.special import log_softmax, rel_entr
 
-from helpers import StudyError, coqa, divergence, fidelity, params
+from helpers import StudyError, params
+from helpers.fidelity import compare as fidelity
+from helpers.fidelity import divergence
+from helpers.setup import coqa
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,10 @@ def texts(load, dialogues):
 @pytest.fixture(scope="module")
 def compared(study, dialogues):
     """Two dialogues in four configurations."""
-    return {n: fidelity.compare(study, params.read_configuration(study.study, n), dialogues) for n in ("fp16", "int8", "nf4", "fp4")}
+    return {
+        n: fidelity.compare(study, params.read_configuration(study.study, n), dialogues)
+        for n in ("fp16", "int8", "nf4", "fp4")
+    }
 
 
 def test_text_is_what_lm_eval_asks(load, dialogues, texts):
@@ -40,7 +46,10 @@ def test_every_story_and_answer_token_is_marked(load, dialogues, texts):
             assert tokenizer.decode(text.ids[text.turn == turn]).strip() == answer.strip()
         # the very first token has nothing before it
         assert text.turn[0] == -1
-        assert tokenizer.decode(text.ids[(text.turn == 0) | (np.arange(len(text.turn)) == 0)]).strip() == dialogue["story"].strip()
+        assert (
+            tokenizer.decode(text.ids[(text.turn == 0) | (np.arange(len(text.turn)) == 0)]).strip()
+            == dialogue["story"].strip()
+        )
 
 
 def test_too_long_or_slow_is_an_error(load, dialogues):
@@ -98,7 +107,9 @@ def test_a_padded_batch_reads_the_same(load, texts):
     model = load("fp16").model
     lengths = {len(t.ids) for t in texts}
     assert len(lengths) == 2  # so that one is padded
-    for alone, together in zip([fidelity.hidden_states(model, [t])[0] for t in texts], fidelity.hidden_states(model, texts), strict=True):
+    for alone, together in zip(
+        [fidelity.hidden_states(model, [t])[0] for t in texts], fidelity.hidden_states(model, texts), strict=True
+    ):
         torch.testing.assert_close(alone, together, atol=2e-3, rtol=1e-3)
 
 
@@ -108,7 +119,11 @@ def test_more_bits_are_closer(compared):
     kl = {name: row["kl"]["mean"] for name, row in compared.items()}
     assert kl["fp16"] < 1e-6 < kl["int8"] < kl["nf4"] < kl["fp4"]
     assert (
-        compared["fp16"]["agreement"] > 0.999 > compared["int8"]["agreement"] > compared["nf4"]["agreement"] > compared["fp4"]["agreement"]
+        compared["fp16"]["agreement"]
+        > 0.999
+        > compared["int8"]["agreement"]
+        > compared["nf4"]["agreement"]
+        > compared["fp4"]["agreement"]
     )
 
 
@@ -123,7 +138,9 @@ def test_sums_by_dialogue_give_the_whole_back(compared):
     assert sum(p["change"] for p in parts) / count == pytest.approx(found["correct_token"]["mean"])
     assert np.sqrt(sum(p["change_squared"] for p in parts) / count) == pytest.approx(found["correct_token"]["rms"])
     story = [d["story"] for d in found["per_dialogue"]]
-    assert np.exp(sum(s["nll"] for s in story) / sum(s["count"] for s in story)) == pytest.approx(found["perplexity"]["story"]["quantized"])
+    assert np.exp(sum(s["nll"] for s in story) / sum(s["count"] for s in story)) == pytest.approx(
+        found["perplexity"]["story"]["quantized"]
+    )
 
 
 def test_questions_join_with_scores(compared, dialogues):
@@ -187,7 +204,13 @@ def made_up_rows(rng, dialogues: int, tokens: int = 80):
         nll = full + rng.normal(0.2 + shift, 0.3, tokens)
         kl = rng.gamma(0.5, np.exp(shift), tokens)
         rows.append(
-            {"nll_full": full, "nll": nll, "kl": kl, "agreement": (kl < 0.5).astype(float), "change": np.exp(-abs(nll)) - np.exp(-full)}
+            {
+                "nll_full": full,
+                "nll": nll,
+                "kl": kl,
+                "agreement": (kl < 0.5).astype(float),
+                "change": np.exp(-abs(nll)) - np.exp(-full),
+            }
         )
     return [f"d{i}" for i in range(dialogues)], turns, rows
 
@@ -200,11 +223,15 @@ def test_summary_against_numpy(study):
     assert [found["kl"][k] for k in ("mean", "median", "p95", "p99", "p999", "max")] == pytest.approx(expected)
     change = np.concatenate([r["change"] for r in rows])
     assert found["correct_token"]["rms"] == pytest.approx(np.sqrt((change**2).mean()))
-    assert [found["correct_token"][f"p{p}"] for p in (1, 25, 50, 99)] == pytest.approx(np.quantile(change, [0.01, 0.25, 0.5, 0.99]))
+    assert [found["correct_token"][f"p{p}"] for p in (1, 25, 50, 99)] == pytest.approx(
+        np.quantile(change, [0.01, 0.25, 0.5, 0.99])
+    )
     difference = np.concatenate([r["nll"] - r["nll_full"] for r in rows])
     row = found["perplexity"]["all"]
     assert row["ln_ratio"] == pytest.approx(difference.mean()) and row["ci_low"] < row["ln_ratio"] < row["ci_high"]
-    assert row["ratio"] == pytest.approx(np.exp(row["ln_ratio"])) and row["ratio"] == pytest.approx(row["quantized"] / row["full"])
+    assert row["ratio"] == pytest.approx(np.exp(row["ln_ratio"])) and row["ratio"] == pytest.approx(
+        row["quantized"] / row["full"]
+    )
 
 
 def test_intervals_of_percentiles_are_those_of_a_plain_bootstrap():

@@ -13,9 +13,10 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 from nbclient import NotebookClient
 
-from helpers import ROOT, figures, figures_accuracy, figures_hardware, results
-from helpers import figures_style as style
-from helpers.figures_style import Missing
+from helpers import ROOT, results
+from helpers.analysis import figures, figures_accuracy, figures_hardware
+from helpers.analysis import figures_style as style
+from helpers.analysis.figures_style import Missing
 
 SEVEN = tuple(LABELS)
 CASES = {
@@ -85,7 +86,9 @@ def test_diagram_texts_stay_in_their_boxes(study, cases, called):
         for text, box in texts:
             middle = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
             for frame in (b for b in boxes if b.contains(*middle)):
-                assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1, f"{name}: {text!r}"
+                assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1, (
+                    f"{name}: {text!r}"
+                )
 
 
 def test_draw_all_saves_png_and_svg_the_same_every_time(study, four, tmp_path):
@@ -128,7 +131,9 @@ def test_missing_results_give_a_reason_and_remove_an_older_figure(study, four, t
 
 
 def test_no_results_at_all_are_reasons_not_errors(study, tmp_path):
-    done = figures.draw_all(study, {"fp16": {"benchmark": result(study, "fp16", "benchmark", None, "no GPU memory")}}, {}, tmp_path)
+    done = figures.draw_all(
+        study, {"fp16": {"benchmark": result(study, "fp16", "benchmark", None, "no GPU memory")}}, {}, tmp_path
+    )
     assert "no GPU memory" in done["latency"]
     assert [name for name, outcome in done.items() if outcome == "ok"] == ["setup_1_model", "setup_2_infra"]
 
@@ -139,7 +144,9 @@ def test_one_failed_configuration_stays_visible(study, four):
     analysis["means"] = [row for row in analysis["means"] if row["configuration"] != "int8"]
     texts = [text for text, _ in visible_texts(draw(study, "fig2_bar_comparison", four))]
     assert "failed: ran out of memory" in texts
-    assert "LLM.int8(): evaluation failed: ran out of memory." in figures.caption("fig2_bar_comparison", study, found, analysis)
+    assert "LLM.int8(): evaluation failed: ran out of memory." in figures.caption(
+        "fig2_bar_comparison", study, found, analysis
+    )
 
 
 def test_bars_start_at_zero_and_have_the_means_and_intervals(study, four):
@@ -150,7 +157,11 @@ def test_bars_start_at_zero_and_have_the_means_and_intervals(study, four):
         assert [bar.get_x() for bar in axes.patches] == [0] * len(found)
         assert [bar.get_width() for bar in axes.patches] == pytest.approx([row["mean"] for row in rows])
         assert axes.get_xlim()[0] == 0
-        drawn = [container.lines[2][0].get_segments()[0][:, 0] for container in axes.containers if hasattr(container, "has_xerr")]
+        drawn = [
+            container.lines[2][0].get_segments()[0][:, 0]
+            for container in axes.containers
+            if hasattr(container, "has_xerr")
+        ]
         assert np.ravel(drawn) == pytest.approx(np.ravel([[row["ci_low"], row["ci_high"]] for row in rows]))
 
 
@@ -168,7 +179,9 @@ def test_throughput_is_batch_over_time_with_its_quartiles_the_right_way_round(st
 def test_the_papers_values_are_hollow_and_in_eager_mode_only(study, four):
     eager, graph, _ = draw(study, "fig4_throughput", four).axes
     hollow = [line for line in eager.lines if line.get_markerfacecolor() == "none"]
-    assert sorted(float(line.get_ydata()[0]) for line in hollow) == sorted(PAPER["fp16"]["throughput_tokens_per_second"].values())
+    assert sorted(float(line.get_ydata()[0]) for line in hollow) == sorted(
+        PAPER["fp16"]["throughput_tokens_per_second"].values()
+    )
     assert not [line for line in graph.lines if line.get_markerfacecolor() == "none"]
 
 
@@ -208,7 +221,11 @@ def test_a_comparison_can_be_turned_round():
 def test_memory_parts_add_up_and_are_not_guessed():
     memory = {"allocated_mb": 170.0, "quantization_state_mb": 5.0}
     assert figures_hardware.memory_parts(memory) == {"weights": 165.0, "state": 5.0}
-    assert figures_hardware.memory_parts(memory | {"linear_layers_mb": 60.0}) == {"linear": 60.0, "state": 5.0, "rest": 105.0}
+    assert figures_hardware.memory_parts(memory | {"linear_layers_mb": 60.0}) == {
+        "linear": 60.0,
+        "state": 5.0,
+        "rest": 105.0,
+    }
     assert figures_hardware.memory_parts({"allocated_mb": 170.0}) is None
 
 
@@ -234,7 +251,13 @@ def test_odd_labels_are_drawn_as_they_are_and_escaped(study, four, tmp_path):
 def test_captions_say_n_spread_and_hardware_from_the_results(study, four):
     found, analysis = four
     text = figures.caption("fig1_accuracy_vs_memory", study, found, analysis)
-    for part in ("500 questions in 50 dialogues", "95% intervals", "Some GPU 80GB", "Llama-3.2-1B", study.model.already_quantized):
+    for part in (
+        "500 questions in 50 dialogues",
+        "95% intervals",
+        "Some GPU 80GB",
+        "Llama-3.2-1B",
+        study.model.already_quantized,
+    ):
         assert part in text
     for row in (row for row in analysis["means"] if row["metric"] == "f1"):
         row |= {
@@ -254,7 +277,9 @@ def test_captions_say_n_spread_and_hardware_from_the_results(study, four):
 def test_a_perplexity_without_interval_is_explained_unless_it_is_full_precisions_own(study, four):
     found, analysis = four
     for name, few in (("fp16", 0), ("nf4", 3)):
-        found[name]["fidelity"].data["perplexity"]["all"]["reason"] = f"no interval: only {few} of 50 dialogues differ, fewer than 5"
+        found[name]["fidelity"].data["perplexity"]["all"]["reason"] = (
+            f"no interval: only {few} of 50 dialogues differ, fewer than 5"
+        )
     text = figures.caption("fig6_summary_metrics", study, found, analysis | {"full": "fp16"})
     assert "Perplexity: no interval: only 3 of 50" in text and "only 0 of 50" not in text
 
@@ -271,7 +296,10 @@ def test_captions_of_times_say_what_disturbed_them_and_which_mode_is_missing(stu
         },
     }
     text = figures.caption("latency", study, found, analysis)
-    assert "LLM.int8(): other processes used 40% of this machine's 2 cores meanwhile. LLM.int8(): CUDA graph: it synchronizes." in text
+    assert (
+        "LLM.int8(): other processes used 40% of this machine's 2 cores meanwhile. LLM.int8(): CUDA graph: it synchronizes."
+        in text
+    )
     assert "torch.compile" not in text and "Llama-3.2-1B, come without n or spread" in text
 
 
@@ -299,12 +327,19 @@ def test_the_notebook_draws_everything_from_files_alone(study, four, tmp_path):
     for name, parts in found.items():
         for kind, one in parts.items():
             results.write_text(tmp_path / name / f"{kind}.json", one.model_dump_json())
-    results.write_text(tmp_path / "analysis.json", result(study, None, "analysis", {"numbers": analysis}).model_dump_json())
+    results.write_text(
+        tmp_path / "analysis.json", result(study, None, "analysis", {"numbers": analysis}).model_dump_json()
+    )
     notebook = nbformat.read(ROOT / "notebooks" / "05_figures.ipynb", 4)
     place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(f"folder = {str(tmp_path)!r}"))
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
-    pages = [o["data"]["text/html"] for cell in notebook.cells for o in cell.get("outputs", []) if "text/html" in o.get("data", {})]
+    pages = [
+        o["data"]["text/html"]
+        for cell in notebook.cells
+        for o in cell.get("outputs", [])
+        if "text/html" in o.get("data", {})
+    ]
     assert sum(page.count("<figure") for page in pages) == len(figures.FIGURES)
     assert {p.stem for p in (tmp_path / "figures").glob("*.svg")} == set(figures.FIGURES)
 
@@ -312,5 +347,7 @@ def test_the_notebook_draws_everything_from_files_alone(study, four, tmp_path):
 def test_numbers_that_are_not_there_have_a_reason(study, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "folder", lambda study: tmp_path)
     assert figures.read_numbers(study)[0] == {} and "missing" in figures.read_numbers(study)[1]
-    results.write_text(tmp_path / "analysis.json", result(study, None, "analysis", None, "no evaluation").model_dump_json())
+    results.write_text(
+        tmp_path / "analysis.json", result(study, None, "analysis", None, "no evaluation").model_dump_json()
+    )
     assert figures.read_numbers(study) == ({}, "analysis failed: no evaluation")

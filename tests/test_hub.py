@@ -15,18 +15,25 @@ import httpx
 import pytest
 from huggingface_hub import errors
 
-from helpers import ROOT, coqa, hub, models, params
+from helpers import ROOT, params
+from helpers.setup import coqa, hub, models
 from tests.hub_server import GRANTED, NOT_GRANTED, Hub, Repository
 
 # Two layers of the architectures that the shipped studies use. Their vocabulary is the embedded model's, whose tokenizer they borrow.
-TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 ARCHITECTURES = ("llama", "qwen2", "mistral")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 PROMPT = [1, 504, 2, 33, 7, 905]
 
 ASK = """
 import json, sys
-from helpers import hub
+from helpers.setup import hub
 for name, revision in json.loads(sys.argv[1]):
     try:
         print(json.dumps(hub.plan(name, revision)))
@@ -36,7 +43,8 @@ for name, revision in json.loads(sys.argv[1]):
 
 LOAD = """
 import json, sys, torch
-from helpers import coqa, models, params
+from helpers import params
+from helpers.setup import coqa, models
 SIZES = {"prefill_tokens": [8], "batch_sizes": [1], "prompt_tokens": 8, "decode_tokens": 2, "repeats": 3, "warmup": 1}
 found = {}
 for name in sys.argv[2:]:
@@ -65,7 +73,12 @@ def python(code: str, *arguments: str, url: str, home, **environment: str) -> st
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_OFFLINE"))}
     ours = {"HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=kept | ours | environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env=kept | ours | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -106,7 +119,9 @@ def repositories(study, tmp_path_factory) -> list[Repository]:
     return [
         *made,
         Repository(
-            "EleutherAI/coqa", tables | {"README.md": b"---\nlicense: other\n---\n", "coqa.py": b"raise SystemExit"}, kind="dataset"
+            "EleutherAI/coqa",
+            tables | {"README.md": b"---\nlicense: other\n---\n", "coqa.py": b"raise SystemExit"},
+            kind="dataset",
         ),
         Repository("tiny/gated", small, gated=True),
         Repository("tiny/pickle", {"config.json": b"{}", "pytorch_model.bin": b"pickle"}),
@@ -125,7 +140,13 @@ def server(repositories):
 @pytest.mark.parametrize(
     "name, revision, token, reason, words",
     [
-        ("tiny/gated", None, None, "gated", ["ask for access on https://huggingface.co/tiny/gated", "auth login", "HF_TOKEN"]),
+        (
+            "tiny/gated",
+            None,
+            None,
+            "gated",
+            ["ask for access on https://huggingface.co/tiny/gated", "auth login", "HF_TOKEN"],
+        ),
         ("tiny/gated", None, NOT_GRANTED, "gated", ["your token has no access", "ask for access"]),
         ("tiny/gated", None, "hf_mistyped", "token", ["not valid", "HF_TOKEN"]),
         ("tiny/nothere", None, None, "missing", ["model.name", "no model tiny/nothere", "private"]),
@@ -165,7 +186,9 @@ def test_architectures_load_from_the_hub_and_again_without_it(repositories, tmp_
     assert not [path for path in fetched if path.endswith((".bin", ".pth", ".py")) or "onnx" in path]
     for repository, name in zip(repositories, names):
         rows = online[name]
-        assert {r["architecture"].removesuffix("ForCausalLM").lower() for r in rows.values()} == {name.removeprefix("tiny/")}
+        assert {r["architecture"].removesuffix("ForCausalLM").lower() for r in rows.values()} == {
+            name.removeprefix("tiny/")
+        }
         assert all(r["finite"] and len(r["tokens"]) == 4 for r in rows.values())
         assert [r["layers"] for r in rows.values()] == [0, 14, 14]  # seven linear layers in each block
         assert all(hub.resolved_revision(r["source"]) == repository.commit for r in rows.values())
@@ -187,7 +210,9 @@ def test_cache_answers_when_the_hub_can_not(repositories, tmp_path):
         python(f"from helpers import hub; hub.snapshot('{llama}')", url=server.url, home=tmp_path)
         before = len(server.log)
         (pinned,) = ask([[llama, commit]], url=server.url, home=tmp_path)
-        assert not [path for _, path, _ in server.log[before:] if llama in path], "a pinned and cached model needs no request"
+        assert not [path for _, path, _ in server.log[before:] if llama in path], (
+            "a pinned and cached model needs no request"
+        )
     assert pinned["pinned"] and pinned["bytes_to_download"] == 0
     names = [[llama, None], [llama, commit], ["tiny/qwen2", None]]
     main, pinned, absent = ask(names, url=server.url, home=tmp_path)
@@ -205,11 +230,21 @@ def test_cache_answers_when_the_hub_can_not(repositories, tmp_path):
 
 
 def test_check_asks_for_model_and_data(server, tmp_path):
-    values = {"study": "t", "title": "t", "model": {"source": "hub", "name": "tiny/llama"}, "data": {"source": "EleutherAI/coqa"}}
+    values = {
+        "study": "t",
+        "title": "t",
+        "model": {"source": "hub", "name": "tiny/llama"},
+        "data": {"source": "EleutherAI/coqa"},
+    }
     sizes = params.read_yaml(ROOT / "params/smollm2-135m/study.yaml")["benchmark"]
     code = "import json, sys; from helpers import hub, params; study, _ = params.check(json.loads(sys.argv[1]), 't'); "
     found = json.loads(
-        python(code + "print(json.dumps(hub.check(study)))", json.dumps(values | {"benchmark": sizes}), url=server.url, home=tmp_path)
+        python(
+            code + "print(json.dumps(hub.check(study)))",
+            json.dumps(values | {"benchmark": sizes}),
+            url=server.url,
+            home=tmp_path,
+        )
     )
     assert "config.json" in found["model"]["files"]
     assert found["data"]["files"] == ["README.md", "coqa_train.parquet", "coqa_validation.parquet"]
@@ -236,7 +271,11 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (OSError(errno.ENOSPC, "No space left on device", "x"), "disk", "is full"),
         (caused(RuntimeError("data processing"), OSError(errno.ENOSPC, "No space left on device")), "disk", "is full"),
         (PermissionError(errno.EACCES, "Permission denied", "/cache"), "disk", "can't be written"),
-        (caused(httpx.ConnectError("refused"), PermissionError(errno.EACCES, "Permission denied")), "network", "can't be reached"),
+        (
+            caused(httpx.ConnectError("refused"), PermissionError(errno.EACCES, "Permission denied")),
+            "network",
+            "can't be reached",
+        ),
         (httpx.ReadTimeout("slow"), "network", "ReadTimeout"),
         (errors.FileMetadataError("no commit"), "network", "does not answer like a model hub"),
         (RuntimeError("something new\nwith a second line"), "network", "RuntimeError: something new"),

@@ -6,7 +6,9 @@ from typing import get_args
 import pytest
 import torch
 
-from helpers import NotHere, StudyError, calibration, compress, coqa, memory, methods, models, params, weights
+from helpers import NotHere, StudyError, params
+from helpers.setup import calibrated, calibration, coqa, methods, models
+from helpers.setup.layers import dequantize, quantized_layers, stored_bytes
 
 TINY = {
     "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -23,8 +25,10 @@ def configuration(method: str, dtype: str = "auto", **options) -> params.Configu
 def tiny(study, tmp_path, monkeypatch) -> params.Study:
     """A two-layer llama with random weights, and an empty cache."""
     monkeypatch.setattr(models, "CACHE", tmp_path)
-    monkeypatch.setattr(compress, "CACHE", tmp_path)
-    return study.model_copy(update={"model": params.Model(source="random", name="tiny", architecture=TINY), "data": None})
+    monkeypatch.setattr(calibrated, "CACHE", tmp_path)
+    return study.model_copy(
+        update={"model": params.Model(source="random", name="tiny", architecture=TINY), "data": None}
+    )
 
 
 def without(monkeypatch, *packages: str) -> None:
@@ -46,18 +50,27 @@ def test_every_method_of_the_schema_has_an_entry():
 
 
 def test_shipped_configurations_cover_every_method():
-    used = {params.read_configuration("smollm2-135m", c).quantization.method for c in params.configurations("smollm2-135m")}
+    used = {
+        params.read_configuration("smollm2-135m", c).quantization.method for c in params.configurations("smollm2-135m")
+    }
     assert used == set(methods.METHODS)
 
 
 @pytest.mark.parametrize(
     ("method", "package"),
-    [("gptq", "llmcompressor"), ("awq", "llmcompressor"), ("gptq", "compressed_tensors"), ("torchao-float8", "torchao")],
+    [
+        ("gptq", "llmcompressor"),
+        ("awq", "llmcompressor"),
+        ("gptq", "compressed_tensors"),
+        ("torchao-float8", "torchao"),
+    ],
 )
 def test_missing_package_is_said_before_any_work(study, monkeypatch, method, package):
     without(monkeypatch, package)
     monkeypatch.setattr(models, "prepare", lambda study: pytest.fail("work was started"))
-    with pytest.raises(NotHere, match=f"^c: {method} needs {package}, not installed here; run `make setup METHODS=all`$"):
+    with pytest.raises(
+        NotHere, match=f"^c: {method} needs {package}, not installed here; run `make setup METHODS=all`$"
+    ):
         models.load(study, configuration(method))
 
 
@@ -157,7 +170,10 @@ def test_samples_are_cut_and_recorded(study, load):
     ids, record = calibration.samples(study, wanted, load("fp16").tokenizer, 0)
     assert [len(i) for i in ids] == [40] * 3 and record["tokens"] == 120
     assert load("fp16").tokenizer.decode(ids[0]) in calibration.text(coqa.read("embedded-held-out")[0])
-    assert calibration.samples(study, wanted.model_copy(update={"samples": 2}), load("fp16").tokenizer, 0)[1]["sha256"] != record["sha256"]
+    assert (
+        calibration.samples(study, wanted.model_copy(update={"samples": 2}), load("fp16").tokenizer, 0)[1]["sha256"]
+        != record["sha256"]
+    )
 
 
 def test_too_many_samples(study):
@@ -184,8 +200,8 @@ def test_text_for_a_model_without_a_tokenizer(tiny):
 def test_group_size_that_does_not_divide(study):
     architecture = models.AutoConfig.from_pretrained(models.prepare(study))
     with pytest.raises(StudyError, match="group_size: 128 does not divide the model's hidden size 576; write 64 or 32"):
-        compress.check_group_size(architecture, 128)
-    compress.check_group_size(architecture, 64)
+        calibrated.check_group_size(architecture, 128)
+    calibrated.check_group_size(architecture, 64)
 
 
 # ---- cache ----
@@ -203,36 +219,40 @@ PARTS = {
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_key_changes_with_each_ingredient(change):
-    assert compress.key(PARTS | change) != compress.key(PARTS)
-    assert compress.key(dict(reversed(PARTS.items()))) == compress.key(PARTS)
+    assert calibrated.key(PARTS | change) != calibrated.key(PARTS)
+    assert calibrated.key(dict(reversed(PARTS.items()))) == calibrated.key(PARTS)
 
 
 def test_ingredients_hold_what_the_weights_depend_on(monkeypatch):
-    monkeypatch.setattr(compress.metadata, "version", lambda package: f"{package} 1")
+    monkeypatch.setattr(calibrated.metadata, "version", lambda package: f"{package} 1")
     wanted = configuration("awq", grid_points=7)
-    parts = compress.ingredients(wanted, "w", {"sha256": "c"}, torch.device("cpu"), torch.float32)
-    assert set(parts) == set(PARTS) and parts["recipe"]["grid_points"] == 7 and parts["versions"]["llmcompressor"] == "llmcompressor 1"
+    parts = calibrated.ingredients(wanted, "w", {"sha256": "c"}, torch.device("cpu"), torch.float32)
+    assert (
+        set(parts) == set(PARTS)
+        and parts["recipe"]["grid_points"] == 7
+        and parts["versions"]["llmcompressor"] == "llmcompressor 1"
+    )
 
 
 def test_awq_searches_in_float32_and_what_it_leaves_is_stored_in_16_bits(monkeypatch):
-    monkeypatch.setattr(compress.metadata, "version", lambda package: "1")
-    found = compress.ingredients(configuration("awq"), "w", {"sha256": "c"}, torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(calibrated.metadata, "version", lambda package: "1")
+    found = calibrated.ingredients(configuration("awq"), "w", {"sha256": "c"}, torch.device("cuda"), torch.bfloat16)
     assert found["computed_in"] == "torch.float32 on cuda" and found["stored_in"] == "torch.bfloat16"
-    found = compress.ingredients(configuration("gptq"), "w", {"sha256": "c"}, torch.device("cuda"), torch.float16)
+    found = calibrated.ingredients(configuration("gptq"), "w", {"sha256": "c"}, torch.device("cuda"), torch.float16)
     assert found["computed_in"] == "torch.float16 on cuda"
 
 
 def test_weights_key_is_the_commit_or_the_content(tmp_path):
-    assert compress.weights_key(tmp_path / ("a" * 40)) == "a" * 40
+    assert calibrated.weights_key(tmp_path / ("a" * 40)) == "a" * 40
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")
-    first = compress.weights_key(tmp_path)
+    first = calibrated.weights_key(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"2")
-    assert compress.weights_key(tmp_path) != first
+    assert calibrated.weights_key(tmp_path) != first
 
 
 def _quantized(tiny, wanted):
-    return compress.quantized(tiny, wanted, models.prepare(tiny), None, torch.device("cpu"), torch.float32)
+    return calibrated.quantized(tiny, wanted, models.prepare(tiny), None, torch.device("cpu"), torch.float32)
 
 
 def test_quantized_once(tiny, monkeypatch):
@@ -244,8 +264,8 @@ def test_quantized_once(tiny, monkeypatch):
         (target / "model.safetensors").write_bytes(bytes(7))
         return 2.5
 
-    monkeypatch.setattr(compress.metadata, "version", lambda package: "1")
-    monkeypatch.setattr(compress, "_quantize", quantize)
+    monkeypatch.setattr(calibrated.metadata, "version", lambda package: "1")
+    monkeypatch.setattr(calibrated, "_quantize", quantize)
     first, record = _quantized(tiny, configuration("gptq", group_size=32, calibration=TOKENS))
     assert not record["from_cache"] and record["quantize_seconds"] == 2.5 and record["checkpoint_bytes"] == 7
     second, again = _quantized(tiny, configuration("gptq", group_size=32, calibration=TOKENS))
@@ -261,8 +281,8 @@ def test_failed_quantization_leaves_nothing(tiny, monkeypatch, tmp_path):
         (target / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compress.metadata, "version", lambda package: "1")
-    monkeypatch.setattr(compress, "_quantize", quantize)
+    monkeypatch.setattr(calibrated.metadata, "version", lambda package: "1")
+    monkeypatch.setattr(calibrated, "_quantize", quantize)
     with pytest.raises(StudyError, match=r"could not be written \(No space left on device\); free some disk space"):
         _quantized(tiny, configuration("gptq", group_size=32, calibration=TOKENS))
     assert list((tmp_path / "quantized").iterdir()) == []
@@ -284,7 +304,7 @@ def test_calibrated(tiny, method):
     full, loaded = models.load(tiny, configuration("none")), models.load(tiny, wanted)
     info = loaded.info
     assert info["quantize_seconds"] > 0 and not info["from_cache"] and not info["packed"]
-    assert info["quantized_layers"] == 14 == len(models.quantized_layers(loaded.model))
+    assert info["quantized_layers"] == 14 == len(quantized_layers(loaded.model))
     # Two bytes for each of the 256 x 64 embeddings, half of one for each other weight, and their scales.
     assert info["checkpoint_bytes"] < full.info["checkpoint_bytes"] / 2
     layer = loaded.model.model.layers[0].mlp.down_proj
@@ -294,9 +314,9 @@ def test_calibrated(tiny, method):
     compiled = torch.compile(lambda x: layer(x), backend="eager", fullgraph=True)
     assert compiled(torch.ones(1, layer.in_features)).shape == (1, layer.out_features)
     assert _levels(layer.weight, 32) <= 16 < _levels(full.model.model.layers[0].mlp.down_proj.weight, 32)
-    assert torch.equal(weights.dequantize(layer), layer.weight)
+    assert torch.equal(dequantize(layer), layer.weight)
     # Unpacked: as large as full precision, not a quarter of it.
-    assert memory.stored_bytes(loaded.model) == memory.stored_bytes(full.model)
+    assert stored_bytes(loaded.model) == stored_bytes(full.model)
     ids = torch.arange(32, device=full.model.device)[None]
     with torch.inference_mode():
         expected, got = full.model(ids).logits, loaded.model(ids).logits
@@ -310,7 +330,7 @@ def test_calibrated(tiny, method):
 def test_pinning_is_left_out_only_without_a_gpu_and_only_for_a_while():
     cache = pytest.importorskip("llmcompressor.pipelines.cache").IntermediatesCache
     before = cache.pin_memory
-    with compress._without_pinning():
+    with calibrated._without_pinning():
         assert (cache.pin_memory is before) == torch.cuda.is_available()
     assert cache.pin_memory is before
 
@@ -320,12 +340,12 @@ def test_float8(tiny):
     full, loaded = models.load(tiny, configuration("none")), models.load(tiny, configuration("torchao-float8"))
     assert loaded.info["quantized_layers"] == 14 and loaded.info["packed"]
     layer, original = loaded.model.model.layers[0].mlp.down_proj, full.model.model.layers[0].mlp.down_proj
-    error = (weights.dequantize(layer) - original.weight).norm() / original.weight.norm()
+    error = (dequantize(layer) - original.weight).norm() / original.weight.norm()
     # e4m3 has 3 bits after the leading one: a relative error of up to 1/16, evenly spread.
     assert 0.01 < error < 1 / 16
-    stored, plain = memory.stored_bytes(loaded.model), memory.stored_bytes(full.model)
-    numbers = sum(m.weight.numel() for m in models.quantized_layers(loaded.model).values())
+    stored, plain = stored_bytes(loaded.model), stored_bytes(full.model)
+    numbers = sum(m.weight.numel() for m in quantized_layers(loaded.model).values())
     saved = numbers * (full.model.dtype.itemsize - 1)
     assert stored["parameters_and_buffers"] == plain["parameters_and_buffers"] - saved
-    assert stored["quantization_state"] == 4 * sum(m.out_features for m in models.quantized_layers(loaded.model).values())
+    assert stored["quantization_state"] == 4 * sum(m.out_features for m in quantized_layers(loaded.model).values())
     assert loaded.info["checkpoint_bytes"] < full.info["checkpoint_bytes"]

@@ -6,14 +6,26 @@ import re
 import pytest
 import yaml
 
-from helpers import ROOT, StudyError, models, new_study, params
+from helpers import ROOT, StudyError, new_study, params
+from helpers.setup import models
 from tests.hub_server import Hub, Repository
 from tests.test_hub import python
 
 SHIPPED = sorted(p.parent.name for p in (ROOT / "params").glob("*/study.yaml"))
 COMMIT = re.compile(r"[0-9a-f]{40}")
-CONFIG = {"model_type": "qwen2", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True}
+CONFIG = {
+    "model_type": "qwen2",
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+}
+CONFIG |= {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
 SMALL = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": b"0" * 8, "tokenizer.json": b"{}"}
 
 
@@ -92,7 +104,9 @@ def test_model_that_can_not_be_studied_is_refused(empty, change, message):
     assert not (params.PARAMS / "mine").exists() and not list(params.PARAMS.glob(".new-*"))
 
 
-@pytest.mark.parametrize("model, study, message", [("/nowhere", "mine", "no config.json"), ("a/b", "../mine", "lower-case letters")])
+@pytest.mark.parametrize(
+    "model, study, message", [("/nowhere", "mine", "no config.json"), ("a/b", "../mine", "lower-case letters")]
+)
 def test_wrong_arguments(empty, model, study, message):
     with pytest.raises(StudyError, match=message):
         new_study.write(model, study)
@@ -110,17 +124,26 @@ new_study.main(sys.argv[1:])
     with Hub(repositories) as server:
         where = {"url": server.url, "home": empty / "cache"}
         said = python(code, "tiny/qwen", "open", **where)
-        assert f"commit {repositories[0].commit[:8]}" in said and "context 1,024 tokens" in said and "its context is short" in said
+        assert (
+            f"commit {repositories[0].commit[:8]}" in said
+            and "context 1,024 tokens" in said
+            and "its context is short" in said
+        )
         said = python(code, "tiny/gated", "gated", **where)
         assert "not looked up: tiny/gated is gated" in said and "auth login" in said
-        missing = code.replace("new_study.main(sys.argv[1:])", "\ntry: new_study.main(sys.argv[1:])\nexcept SystemExit as e: print(e)")
+        missing = code.replace(
+            "new_study.main(sys.argv[1:])", "\ntry: new_study.main(sys.argv[1:])\nexcept SystemExit as e: print(e)"
+        )
         assert "no model tiny/typo" in python(missing, "tiny/typo", "typo", **where)
     assert "can't be reached" in python(code, "tiny/later", "later", **where)
     read = {name: params.read_study(name) for name in ("open", "gated", "later")}
     assert read["open"].model.revision == repositories[0].commit
     assert read["gated"].model.revision == repositories[1].commit
     assert read["later"].model.revision is None
-    assert max(read["open"].benchmark.cuda.prefill_tokens) == 1024 and max(read["later"].benchmark.cuda.prefill_tokens) == 4096
+    assert (
+        max(read["open"].benchmark.cuda.prefill_tokens) == 1024
+        and max(read["later"].benchmark.cuda.prefill_tokens) == 4096
+    )
     assert read["open"].data == params.read_study(new_study.PAPER).data
     assert not (params.PARAMS / "typo").exists()
     text = (params.PARAMS / "open/study.yaml").read_text()

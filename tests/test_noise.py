@@ -5,7 +5,11 @@ import pytest
 import torch
 from scipy.stats import kstest, rankdata
 
-from helpers import StudyError, codebooks, coqa, fidelity, noise, sensitivity, weights
+from helpers import StudyError
+from helpers.fidelity import codebooks, noise, sensitivity
+from helpers.fidelity import compare as fidelity
+from helpers.fidelity import formats as weights
+from helpers.setup import coqa
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,9 @@ def test_nf4_swapped_in_is_the_nf4_configuration(model, load, texts):
     """The dequantized weights in the full-precision model predict as bitsandbytes' own layers do."""
     with noise.swapped(model, noise.nf4(model)):
         ours = fidelity.nll_sums(model, texts)
-    assert ours[0][0] == pytest.approx(fidelity.nll_sums(load("nf4").model, texts)[0][0], rel=1e-3)  # bfloat16 on some CPUs
+    assert ours[0][0] == pytest.approx(
+        fidelity.nll_sums(load("nf4").model, texts)[0][0], rel=1e-3
+    )  # bfloat16 on some CPUs
 
 
 def test_a_score_of_other_questions_is_an_error(model, short):
@@ -80,7 +86,7 @@ def test_a_score_of_other_questions_is_an_error(model, short):
 
 
 def test_f1_comes_from_the_evaluation(load, study, monkeypatch):
-    from helpers import evaluation
+    from helpers.evaluate import run as evaluation
 
     asked = []
 
@@ -140,7 +146,8 @@ def test_sensitivity(model, short, monkeypatch):
 def test_spearman_is_pearson_of_ranks():
     rng = np.random.default_rng(0)
     rows = [
-        {"relative_squared_error": e, "kl": e + n, "ln_ratio": 1.0} for e, n in zip(rng.random(20), rng.normal(0, 0.2, 20), strict=True)
+        {"relative_squared_error": e, "kl": e + n, "ln_ratio": 1.0}
+        for e, n in zip(rng.random(20), rng.normal(0, 0.2, 20), strict=True)
     ]
     error, kl = ([row[key] for row in rows] for key in ("relative_squared_error", "kl"))
     found = sensitivity.spearman(rows)

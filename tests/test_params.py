@@ -10,7 +10,7 @@ import yaml
 from helpers import ROOT, StudyError, params
 
 STUDY = yaml.safe_load((ROOT / "params/smollm2-135m/study.yaml").read_text())
-NF4 = yaml.safe_load((ROOT / "params/smollm2-135m/nf4.yaml").read_text())
+NF4 = yaml.safe_load((ROOT / "params/formats/nf4.yaml").read_text())
 
 
 @pytest.fixture
@@ -52,7 +52,9 @@ def test_a_wrong_study_is_explained(folder, change, said):
 
 
 def test_every_mistake_is_named_at_once(folder):
-    write(folder / "study.yaml", {"study": "one", "titel": "x", "model": STUDY["model"], "benchmark": STUDY["benchmark"]})
+    write(
+        folder / "study.yaml", {"study": "one", "titel": "x", "model": STUDY["model"], "benchmark": STUDY["benchmark"]}
+    )
     with pytest.raises(StudyError) as error:
         params.read_study("one")
     assert "'titel'; did you mean 'title'?" in str(error.value) and "'title' is missing" in str(error.value)

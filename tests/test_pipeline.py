@@ -26,7 +26,8 @@ def test_run_all_resumes_repeats_nothing_and_keeps_good_configurations_beside_a_
     notebook = nbformat.read(project / "notebooks/01_evaluate.ipynb", 4)
     where = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("loaded ="))
     notebook.cells[where].source = (
-        "if configuration.configuration == 'bad': raise RuntimeError('no such kernel <b>here</b>')\n" + notebook.cells[where].source
+        "if configuration.configuration == 'bad': raise RuntimeError('no such kernel <b>here</b>')\n"
+        + notebook.cells[where].source
     )
     nbformat.write(notebook, project / "notebooks/01_evaluate.ipynb")
 
@@ -41,7 +42,9 @@ def test_run_all_resumes_repeats_nothing_and_keeps_good_configurations_beside_a_
     report = (project / "executed/tiny/report.html").read_text()
     assert "no such kernel &lt;b&gt;here&lt;/b&gt;" in report and "<b>here</b>" not in report
     assert "fewer than 10" in report  # four dialogues: no interval, and the reason
-    assert (project / "figures/tiny/fig2_bar_comparison.svg").exists() and (project / "figures/tiny/fig2_bar_comparison.png").exists()
+    assert (project / "figures/tiny/fig2_bar_comparison.svg").exists() and (
+        project / "figures/tiny/fig2_bar_comparison.png"
+    ).exists()
     assert "failed" in make("status").stdout
 
     (project / "params/tiny/bad.yaml").unlink()
@@ -54,7 +57,9 @@ def test_run_all_resumes_repeats_nothing_and_keeps_good_configurations_beside_a_
 
     first = result(project, "fp16", "benchmark")
     assert make("again", "CONFIGS=fp16").returncode == 0
-    assert result(project, "fp16", "benchmark") == first and result(project, "again/fp16", "benchmark")["status"] == "ok"
+    assert (
+        result(project, "fp16", "benchmark") == first and result(project, "again/fp16", "benchmark")["status"] == "ok"
+    )
     assert "Medians measured twice" in (project / "executed/tiny/report.html").read_text()
 
     (project / "params/tiny/nf4.yaml").write_text((project / "params/tiny/nf4.yaml").read_text() + "\n# touched\n")
@@ -83,7 +88,9 @@ def test_a_killed_run_leaves_nothing_that_looks_done(project):
 
 
 def test_a_wrong_parameter_stops_before_anything_is_computed(project, make):
-    (project / "params/tiny/nf4.yaml").write_text((project / "params/tiny/nf4.yaml").read_text().replace("double_quant", "double_qaunt"))
+    (project / "params/tiny/nf4.yaml").write_text(
+        (project / "params/tiny/nf4.yaml").read_text().replace("double_quant", "double_qaunt")
+    )
     done = make("run-all")
     assert done.returncode != 0
     assert "params/tiny/nf4.yaml: unknown key 'quantization.double_qaunt'; did you mean 'double_quant'?" in done.stdout

@@ -7,7 +7,8 @@ import subprocess
 import pandas as pd
 import pytest
 
-from helpers import ROOT, notebook, report, report_hardware, report_style, results
+from helpers import ROOT, notebook, results
+from helpers.analysis import report, report_hardware, report_style
 
 REFERENCE = ROOT / "executed/reference/h100"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,23 +29,33 @@ def test_a_verdict_needs_an_interval_that_excludes_zero():
 
 
 def test_every_cell_is_escaped():
-    assert "<script>" not in report_style.table(pd.DataFrame([{ATTACK: ATTACK}])) and "<script>" not in report_style.bullets([ATTACK])
+    assert "<script>" not in report_style.table(
+        pd.DataFrame([{ATTACK: ATTACK}])
+    ) and "<script>" not in report_style.bullets([ATTACK])
 
 
 def timed(mode, batch, median):
-    return {"mode": mode, "batch": batch} | {f"{q}_ms_per_token": median * f for q, f in (("q25", 0.99), ("median", 1), ("q75", 1.01))}
+    return {"mode": mode, "batch": batch} | {
+        f"{q}_ms_per_token": median * f for q, f in (("q25", 0.99), ("median", 1), ("q75", 1.01))
+    }
 
 
 @pytest.fixture
 def twice():
     """Two runs of two formats: the graph's medians repeat, one of eager's doubles."""
-    first = {"fp16": [timed("eager", 1, 10.0), timed("cuda_graph", 1, 2.0)], "nf4": [timed("eager", 1, 15.0), timed("cuda_graph", 1, 3.0)]}
+    first = {
+        "fp16": [timed("eager", 1, 10.0), timed("cuda_graph", 1, 2.0)],
+        "nf4": [timed("eager", 1, 15.0), timed("cuda_graph", 1, 3.0)],
+    }
     second = {
         "fp16": [timed("eager", 1, 20.0), timed("cuda_graph", 1, 2.02)],
         "nf4": [timed("eager", 1, 15.4), timed("cuda_graph", 1, 3.0)],
     }
     runs = {"benchmark": first, "again": second}
-    made = {run: {name: {"device": "cuda", "prefill": [], "decode": rows} for name, rows in of.items()} for run, of in runs.items()}
+    made = {
+        run: {name: {"device": "cuda", "prefill": [], "decode": rows} for name, rows in of.items()}
+        for run, of in runs.items()
+    }
     return {"full": "fp16", "labels": {"fp16": "FP16", "nf4": "NF4"}} | made
 
 
@@ -52,7 +63,10 @@ def test_how_far_two_runs_are_apart(twice):
     eager, graph = report_hardware.repeat_table(twice).to_dict("records")
     assert (eager["Mode"], graph["Mode"], eager["Medians measured twice"]) == ("eager", "cuda_graph", 2)
     assert eager["Largest"] == "100.0 % (FP16, batch 1)" and eager["Half are no more apart than"] == "51.3 %"
-    assert graph["Largest"] == "1.0 % (FP16, batch 1)" and (eager["Within 3 %"], graph["Within 3 %"]) == ("50 %", "100 %")
+    assert graph["Largest"] == "1.0 % (FP16, batch 1)" and (eager["Within 3 %"], graph["Within 3 %"]) == (
+        "50 %",
+        "100 %",
+    )
 
 
 def test_a_ratio_of_times_is_said_of_both_runs(twice):
@@ -80,9 +94,14 @@ def test_what_freed_memory_buys(twice):
     assert report_hardware.capacity_sentence(twice) == []
     for name, rates in (("fp16", {4.0: None, 8.0: (100, 1000.0)}), ("nf4", {4.0: (80, 900.0), 8.0: (300, 1100.0)})):
         rows = [{"budget_gib": g, "batch": (r or [0])[0], "tokens_per_second": r and r[1]} for g, r in rates.items()]
-        twice["benchmark"][name]["largest_batch"] = [row | {"predicted_batch": 9, "allocated_before_mb": 1.0} for row in rows]
+        twice["benchmark"][name]["largest_batch"] = [
+            row | {"predicted_batch": 9, "allocated_before_mb": 1.0} for row in rows
+        ]
     (said,) = report_hardware.capacity_sentence(twice)
-    assert said.endswith("in 8 GiB 1,100 tokens per second (300 rows) against 1,000 (100 rows), 1.10 times.") and "4 GiB" not in said
+    assert (
+        said.endswith("in 8 GiB 1,100 tokens per second (300 rows) against 1,000 (100 rows), 1.10 times.")
+        and "4 GiB" not in said
+    )
 
 
 def test_without_a_second_run_nothing_is_said_of_one(twice):
@@ -105,7 +124,9 @@ def test_the_report_rebuilds_from_committed_results_and_a_browser_runs_nothing_t
             (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target / path.relative_to(source))
     for name in ("nf4", "fp4", "int8"):  # a hostile model: every answer is markup
-        rows = [json.loads(line) for line in (target / name / "samples_coqa_turns.jsonl").read_text().split("\n") if line]
+        rows = [
+            json.loads(line) for line in (target / name / "samples_coqa_turns.jsonl").read_text().split("\n") if line
+        ]
         for row in rows:
             row["filtered_resps"] = [ATTACK]
         written = results.write_lines(target / name / "samples_coqa_turns.jsonl", rows)
@@ -138,4 +159,8 @@ def test_a_report_needs_nothing_from_the_network(tmp_path):
     nbformat.write(book, tmp_path / "one.ipynb")
     notebook.render(tmp_path / "one.ipynb", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert "Title" in page and 'src="http' not in page and 'href="http' not in page.replace('href="https://creativecommons', "")
+    assert (
+        "Title" in page
+        and 'src="http' not in page
+        and 'href="http' not in page.replace('href="https://creativecommons', "")
+    )

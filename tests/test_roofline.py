@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from helpers import ROOT, int8_limit, roofline, timing
+from helpers import ROOT
+from helpers.benchmark import int8_limit, roofline, timing
+from helpers.setup.layers import widest_int8_layer
 
 CPU = torch.device("cpu")
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 32, 48, 2, 4, 2, 100
@@ -128,15 +130,17 @@ def test_int8_rule_on_either_side():
 
 
 def test_widest_int8_layer(load):
-    assert int8_limit.widest_layer(load("int8").model) == 1536
-    assert int8_limit.widest_layer(load("fp16").model) is None
+    assert widest_int8_layer(load("int8").model) == 1536
+    assert widest_int8_layer(load("fp16").model) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is reproduced instead")
 def test_without_a_gpu_the_crash_has_a_reason():
     found = int8_limit.reproduce()
     assert found["reproduced"] is None and "no GPU" in found["reason"] and found["most_rows"] == 2**18 - 1
-    child = subprocess.run([sys.executable, "-m", "helpers.int8_limit", "4", "8"], cwd=ROOT, capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-m", "helpers.benchmark.int8_limit", "4", "8"], cwd=ROOT, capture_output=True, text=True
+    )
     assert child.returncode == 1 and "no GPU" in child.stderr
 
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from helpers import StudyError, statistics
-from helpers.redraw import redraw
+from helpers.analysis.redraw import redraw
 
 
 def study(seed=0, groups=30, effect=0.1):
@@ -51,7 +51,9 @@ def test_interval_of_a_mean_against_scipys_bca():
     rng = np.random.default_rng(2)
     values, n = rng.gamma(0.5, size=200), 200
     wide = 1 - 2 * stats.norm.cdf(-np.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1))
-    theirs = stats.bootstrap((values,), np.mean, confidence_level=wide, n_resamples=20_000, method="BCa", rng=1).confidence_interval
+    theirs = stats.bootstrap(
+        (values,), np.mean, confidence_level=wide, n_resamples=20_000, method="BCa", rng=1
+    ).confidence_interval
     mine = statistics.interval(values, np.arange(n), resamples=20_000)
     assert mine["mean"] == pytest.approx(values.mean())
     assert [mine["ci_low"], mine["ci_high"]] == pytest.approx([*theirs], rel=0.02)
@@ -67,7 +69,9 @@ def test_interval_of_a_normal_mean_is_students():
 def test_exact_sign_flip_against_scipy_and_brute_force():
     a, b, clusters = study(groups=11)
     sums = dialogue_sums(b - a, clusters)
-    brute = np.mean([abs(np.dot(signs, sums)) >= abs(sums.sum()) - 1e-12 for signs in itertools.product((-1, 1), repeat=11)])
+    brute = np.mean(
+        [abs(np.dot(signs, sums)) >= abs(sums.sum()) - 1e-12 for signs in itertools.product((-1, 1), repeat=11)]
+    )
     theirs = stats.permutation_test((sums,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
     assert statistics.paired(a, b, clusters)["p"] == pytest.approx(brute)
     assert brute == pytest.approx(theirs)
@@ -146,8 +150,12 @@ def test_log_ppl_ratio_against_perplexities():
     row = statistics.log_ppl_ratio(nll_a, nll_b, tokens, clusters)
     ppl = [np.exp(nll.sum() / tokens.sum()) for nll in (nll_a, nll_b)]
     assert (row["ppl_a"], row["ppl_b"]) == pytest.approx(tuple(ppl))
-    assert row["difference"] == pytest.approx(np.log(ppl[1] / ppl[0])) and row["ppl_ratio"] == pytest.approx(ppl[1] / ppl[0])
-    assert (row["ppl_ratio_low"], row["ppl_ratio_high"]) == pytest.approx((np.exp(row["ci_low"]), np.exp(row["ci_high"])))
+    assert row["difference"] == pytest.approx(np.log(ppl[1] / ppl[0])) and row["ppl_ratio"] == pytest.approx(
+        ppl[1] / ppl[0]
+    )
+    assert (row["ppl_ratio_low"], row["ppl_ratio_high"]) == pytest.approx(
+        (np.exp(row["ci_low"]), np.exp(row["ci_high"]))
+    )
 
 
 def test_holm_by_hand():
@@ -198,7 +206,12 @@ def test_adjust_takes_several_calls_as_one_family():
 def test_intervals_all_is_interval():
     values, clusters = table()
     rows = statistics.intervals_all(values, clusters, ["f1", "em"])
-    assert [(r["metric"], r["configuration"]) for r in rows][:4] == [("f1", "fp16"), ("f1", "nf4"), ("f1", "fp4"), ("em", "fp16")]
+    assert [(r["metric"], r["configuration"]) for r in rows][:4] == [
+        ("f1", "fp16"),
+        ("f1", "nf4"),
+        ("f1", "fp4"),
+        ("em", "fp16"),
+    ]
     assert rows[1] == {"metric": "f1", "configuration": "nf4"} | statistics.interval(values["nf4"]["f1"], clusters)
 
 
@@ -286,12 +299,18 @@ def test_redraw_without_replacement_is_hypergeometric():
     d = np.where(np.arange(200) < 90, 1.0, -1.0)
     result = redraw({"a": np.zeros(200), "b": d}, {("a", "b"): [0.2]}, size=50, draws=20_000)
     (row,) = result["comparisons"]
-    assert result["replacement"] is False and result["population"] == 200 and "without replacement, from 200" in result["design"]
+    assert (
+        result["replacement"] is False
+        and result["population"] == 200
+        and "without replacement, from 200" in result["design"]
+    )
     assert row["share_better"] == pytest.approx(share_by_formula(d, 50), abs=0.012)
     assert row["share_tied"] == pytest.approx(stats.hypergeom.pmf(25, 200, 90, 50), abs=0.012)
     assert row["share_better"] + row["share_tied"] + row["share_worse"] == pytest.approx(1)
     # a mean of 0.2 is 30 ups of 50
-    assert row["at_least"] == [{"threshold": 0.2, "share": pytest.approx(stats.hypergeom.sf(29, 200, 90, 50), abs=0.01)}]
+    assert row["at_least"] == [
+        {"threshold": 0.2, "share": pytest.approx(stats.hypergeom.sf(29, 200, 90, 50), abs=0.01)}
+    ]
     assert row["first"] == 1.0 and row["difference"] == pytest.approx(d.mean())
 
 
@@ -319,8 +338,14 @@ def test_redraw_any_turn_of_few_dialogues_still_asks_as_many_questions():
     values = {"a": np.zeros(8), "b": np.array([1.0, 0.0, 0.0, 0.0] * 2)}
     result = redraw(values, {("a", "b"): []}, clusters=["x"] * 4 + ["y"] * 4, size=50, draws=20_000)
     (row,) = result["comparisons"]
-    assert result["size"] == 50 and result["replacement"] and "50 dialogues, drawn with replacement from 2" in result["design"]
-    assert row["mean"] == pytest.approx(0.25, abs=0.003) and row["sd"] == pytest.approx((0.25 * 0.75 / 50) ** 0.5, rel=0.03)
+    assert (
+        result["size"] == 50
+        and result["replacement"]
+        and "50 dialogues, drawn with replacement from 2" in result["design"]
+    )
+    assert row["mean"] == pytest.approx(0.25, abs=0.003) and row["sd"] == pytest.approx(
+        (0.25 * 0.75 / 50) ** 0.5, rel=0.03
+    )
 
 
 def test_redraw_any_turn_draws_different_dialogues():
@@ -328,7 +353,9 @@ def test_redraw_any_turn_draws_different_dialogues():
     # Drawing a dialogue twice would give sums other than 0 or 1, as only dialogue 0 counts.
     values = {"a": np.zeros(300), "b": (clusters == 0) * 1.0}
     (row,) = redraw(values, {("a", "b"): []}, clusters=clusters, size=50, draws=20_000)["comparisons"]
-    assert row["share_better"] == pytest.approx(0.5, abs=0.015) and max(map(float, row["percentiles"].values())) == pytest.approx(1 / 50)
+    assert row["share_better"] == pytest.approx(0.5, abs=0.015) and max(
+        map(float, row["percentiles"].values())
+    ) == pytest.approx(1 / 50)
 
 
 def test_redraw_order_histogram_and_percentiles():
@@ -348,4 +375,6 @@ def test_redraw_order_histogram_and_percentiles():
 
 def test_redraw_is_the_same_for_the_same_seed():
     values = {"a": np.arange(200) % 2, "b": np.arange(200) % 3}
-    assert redraw(values, {("a", "b"): [0.1]}, draws=500, seed=4) == redraw(values, {("a", "b"): [0.1]}, draws=500, seed=4)
+    assert redraw(values, {("a", "b"): [0.1]}, draws=500, seed=4) == redraw(
+        values, {("a", "b"): [0.1]}, draws=500, seed=4
+    )

@@ -8,7 +8,10 @@ import scipy.stats
 import torch
 from bitsandbytes import functional
 
-from helpers import StudyError, codebooks, weights
+from helpers import StudyError
+from helpers.fidelity import codebooks
+from helpers.fidelity import formats as weights
+from helpers.setup.layers import dequantize, linear_layers, repacked
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +37,8 @@ def found(two_layers):
 
 
 def test_linear_layers_are_those_that_quantization_replaces(load):
-    assert list(weights.linear_layers(load("fp16").model)) == list(weights.linear_layers(load("nf4").model))
-    assert load("nf4").info["quantized_layers"] == len(weights.linear_layers(load("fp16").model)) == 210
+    assert list(linear_layers(load("fp16").model)) == list(linear_layers(load("nf4").model))
+    assert load("nf4").info["quantized_layers"] == len(linear_layers(load("fp16").model)) == 210
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
@@ -48,7 +51,9 @@ def test_round_trips_are_rounding_to_the_codebook(name, block_size):
     differs = (exact - expected).abs() > 1e-6
     assert differs.double().mean() < 1e-4  # bitsandbytes rounds its thresholds
     nested = functional.dequantize_4bit(
-        *functional.quantize_4bit(weight.reshape(1, -1), blocksize=block_size, quant_type=name, compress_statistics=True)
+        *functional.quantize_4bit(
+            weight.reshape(1, -1), blocksize=block_size, quant_type=name, compress_statistics=True
+        )
     )
     torch.testing.assert_close(double.flatten(), nested.flatten(), rtol=1e-6, atol=1e-9)
     assert 0 < weights.squared_error(exact, double) < 0.05 * weights.squared_error(weight, exact)
@@ -68,8 +73,10 @@ def test_a_loaded_model_holds_what_round_trip_says(load, name):
     key = "model.layers.7.self_attn.k_proj"
     weight = full.get_submodule(key).weight.detach()
     expected = weights.round_trip_int8(weight) if name == "int8" else weights.round_trips(weight, name)[1]
-    held = weights.dequantize(quantized.get_submodule(key)).float()
-    assert weights.squared_error(held, expected) < 2e-5 * weights.squared_size(expected)  # bfloat16, if a forward pass repacked it
+    held = dequantize(quantized.get_submodule(key)).float()
+    assert weights.squared_error(held, expected) < 2e-5 * weights.squared_size(
+        expected
+    )  # bfloat16, if a forward pass repacked it
 
 
 def test_an_unknown_layer_is_asked_for_the_image_of_the_identity():
@@ -86,7 +93,7 @@ def test_an_unknown_layer_is_asked_for_the_image_of_the_identity():
 
     weight = torch.tensor([[0.31, -0.5, 0.0], [1.0, 0.12, -0.9]])
     layer = Packed(weight, torch.tensor([5.0, -1.0]))
-    torch.testing.assert_close(weights.dequantize(layer), (weight * 10).round() / 10)
+    torch.testing.assert_close(dequantize(layer), (weight * 10).round() / 10)
 
 
 def test_a_packed_weight_without_dequantization_is_asked_for_the_image_of_the_identity():
@@ -98,7 +105,7 @@ def test_a_packed_weight_without_dequantization_is_asked_for_the_image_of_the_id
 
     layer.weight.__tensor_flatten__ = lambda: None
     layer.weight.dequantize = dequantize
-    torch.testing.assert_close(weights.dequantize(layer), weight)
+    torch.testing.assert_close(dequantize(layer), weight)
 
 
 def test_the_identity_agrees_with_bitsandbytes(load):
@@ -107,27 +114,37 @@ def test_the_identity_agrees_with_bitsandbytes(load):
     stored = weights.round_trips(load("fp16").model.model.layers[0].self_attn.k_proj.weight, "nf4")[1]
     with torch.inference_mode():
         image = layer(torch.eye(layer.in_features)).T
-    after = weights.dequantize(layer)
+    after = dequantize(layer)
     for weight in (image, after):
         assert weights.squared_error(weight, stored) < 2e-5 * weights.squared_size(stored)
-    assert weights.repacked(layer) == (layer.weight.quant_state.dtype == torch.bfloat16)
+    assert repacked(layer) == (layer.weight.quant_state.dtype == torch.bfloat16)
 
 
 def test_own_error_is_the_error_of_every_weight(load):
     full, quantized = load("fp16").model, load("nf4").model
     own = weights.own_error(full, quantized)
-    pairs = {n: (full.get_submodule(n).weight.detach(), weights.dequantize(quantized.get_submodule(n))) for n in own["layers"]}
+    pairs = {n: (full.get_submodule(n).weight.detach(), dequantize(quantized.get_submodule(n))) for n in own["layers"]}
     flat = [torch.cat([side[k].flatten() for side in pairs.values()]).double().numpy() for k in (0, 1)]
     expected = np.sum((flat[0] - flat[1]) ** 2) / np.sum(flat[0] ** 2)
     assert own["relative_squared_error"] == pytest.approx(expected, rel=1e-6)
     assert own["sqnr_db"] == pytest.approx(10 * math.log10(1 / expected))
     assert own["dtype"] == "uint8, two weights each" and len(own["layers"]) == 210
-    assert weights.own_error(full, full)["relative_squared_error"] == 0 and weights.own_error(full, full)["sqnr_db"] is None
+    assert (
+        weights.own_error(full, full)["relative_squared_error"] == 0
+        and weights.own_error(full, full)["sqnr_db"] is None
+    )
 
 
 def test_formats_in_order(found):
     error = {name: row["relative_squared_error"] for name, row in found["formats"].items()}
-    assert error["int8"] < error["lloyd_max"] <= error["gaussian_lloyd_max"] < error["nf4"] < error["uniform"] < error["fp4"]
+    assert (
+        error["int8"]
+        < error["lloyd_max"]
+        <= error["gaussian_lloyd_max"]
+        < error["nf4"]
+        < error["uniform"]
+        < error["fp4"]
+    )
     for row in found["layers"]:
         assert row["errors"]["lloyd_max"] == min(v for k, v in row["errors"].items() if k != "int8")
     assert found["formats"]["int8"]["dtype"] == "int8"
@@ -135,7 +152,7 @@ def test_formats_in_order(found):
 
 def test_errors_against_numpy(found, two_layers):
     """The whole model's error is sums over sums, for the library's formats and for our own codebooks."""
-    full = [m.weight.detach().double().numpy() for m in weights.linear_layers(two_layers).values()]
+    full = [m.weight.detach().double().numpy() for m in linear_layers(two_layers).values()]
     for name, levels in (("nf4", codebooks.library("nf4")), ("uniform", np.linspace(-1, 1, 16))):
         error = size = 0
         for w in full:
@@ -171,7 +188,9 @@ def test_shape_of_a_layer_against_scipy(found, two_layers):
     assert row["excess_kurtosis"] == pytest.approx(scipy.stats.kurtosis(x) - scipy.stats.kurtosis(sample), abs=5e-3)
     assert row["ks_distance"] == pytest.approx(scipy.stats.ks_2samp(x, sample).statistic, abs=2e-3)
     first = blocks[:1000]
-    assert row["distinct_values_per_block"] == pytest.approx(np.mean([len(np.unique(b.astype(np.float32))) for b in first]))
+    assert row["distinct_values_per_block"] == pytest.approx(
+        np.mean([len(np.unique(b.astype(np.float32))) for b in first])
+    )
     assert row["distinct_values_per_block"] <= 32  # Q4_1: two blocks of 16 values
 
 
@@ -191,7 +210,10 @@ def test_a_gaussian_layer_is_found_gaussian_and_a_uniform_one_is_not():
     assert abs(gaussian["excess_kurtosis"]) < 0.03 and gaussian["ks_distance"] < 3 * gaussian["ks_chance"]
     assert uniform["excess_kurtosis"] < -0.5 and uniform["ks_distance"] > 20 * uniform["ks_chance"]
     assert gaussian["distinct_values_per_block"] > 60
-    assert gaussian["errors"]["nf4"] < gaussian["errors"]["uniform"] and uniform["errors"]["uniform"] < uniform["errors"]["nf4"]
+    assert (
+        gaussian["errors"]["nf4"] < gaussian["errors"]["uniform"]
+        and uniform["errors"]["uniform"] < uniform["errors"]["nf4"]
+    )
 
 
 def test_histogram_is_a_density(found):

@@ -4,7 +4,7 @@ Their data comes from helpers.coqa; `source`, `dialogues` and `revision` may be 
 `TaskManager(metadata=...)` or as the task's `dataset_kwargs`. On lm-eval's command line the metadata holds the model's own arguments as
 well, so that `revision` is the model's there: the data's is called `data_revision`.
 
-    python -m helpers.dialogue run --model hf-dialogue --model_args pretrained=MODEL,answer_line=True --tasks coqa_turns \\
+    python -m helpers.evaluate.hf_dialogue run --model hf-dialogue --model_args pretrained=MODEL,answer_line=True --tasks coqa_turns \\
         --include_path helpers/tasks --metadata '{"source": "EleutherAI/coqa", "dialogues": 100}'
 """
 
@@ -13,7 +13,7 @@ from functools import lru_cache
 from datasets import Dataset
 from lm_eval.tasks.coqa import utils as upstream
 
-from helpers import coqa
+from helpers.setup import coqa
 
 
 def _columns(columns: dict, turns: int) -> dict:
@@ -26,7 +26,9 @@ def cut(dialogue: dict, turns: int) -> dict:
         **dialogue,
         "questions": _columns(dialogue["questions"], turns),
         "answers": _columns(dialogue["answers"], turns),
-        "additional_answers": {k: _columns(v, turns) for k, v in (dialogue.get("additional_answers") or {}).items() if v},
+        "additional_answers": {
+            k: _columns(v, turns) for k, v in (dialogue.get("additional_answers") or {}).items() if v
+        },
     }
 
 

@@ -1,0 +1,1 @@
+"""02: prefill, decode, memory, throughput and their limits."""

@@ -1,0 +1,104 @@
+"""Clocks and samples: how one run is timed, and what is said of many.
+
+A CUDA run is timed by two events on its stream, a CPU run by `perf_counter`. Every sample is kept; a cell of a table is the
+median with its quartiles and n.
+
+    samples_ms = timing.repeat(lambda: model(ids), device, repeats=10, warmup=3)
+    timing.summary(samples_ms, "ms")    # {"median_ms": ..., "q25_ms": ..., "q75_ms": ..., "n": 10, "samples_ms": [...]}
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+LEAST_REPEATS = 3
+CELL_SECONDS = {"cpu": 4.0, "cuda": 3.0}  # for one cell of a table, LEAST_REPEATS aside
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def stamp(device: torch.device):
+    """A point in time on the device's own clock: a recorded CUDA event, or seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between_ms(start, end) -> float:
+    """Milliseconds between two stamps. CUDA events must have been waited for."""
+    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
+
+
+def once(function: Callable, device: torch.device) -> float:
+    """Milliseconds that one call takes, the device's work included."""
+    synchronize(device)
+    start = stamp(device)
+    function()
+    end = stamp(device)
+    synchronize(device)
+    return between_ms(start, end)
+
+
+def repeat(
+    function: Callable,
+    device: torch.device,
+    repeats: int,
+    warmup: int,
+    seconds: float = float("inf"),
+    before: Callable = lambda: None,
+) -> list[float]:
+    """Samples (ms) of `function`, after `warmup` unrecorded calls of the same path. `before` precedes every call, untimed.
+
+    A slow cell stops early: no further warm-up after a third of `seconds`, no further sample once `seconds` are over, but
+    LEAST_REPEATS samples are always taken. n travels with the summary.
+    """
+    began = time.perf_counter()
+    for _ in range(warmup):
+        before()
+        once(function, device)
+        if time.perf_counter() - began > seconds / 3:
+            break
+    samples = []
+    while len(samples) < repeats and (len(samples) < LEAST_REPEATS or time.perf_counter() - began < seconds):
+        before()
+        samples.append(once(function, device))
+    return samples
+
+
+def summary(samples: list[float], unit: str) -> dict:
+    """Median, quartiles, n and the samples themselves, named by `unit`; and how far the second half's median is from the first's.
+
+    `drift_percent` compares the medians of the two halves, in the order of measurement: what a repeat of the cell would show.
+    It is None below six samples.
+    """
+    q25, median, q75 = np.percentile(samples, [25, 50, 75])
+    half = len(samples) // 2
+    drift = None
+    if len(samples) >= 6:
+        first, second = np.median(samples[:half]), np.median(samples[-half:])
+        drift = float(abs(second - first) / median * 100)
+    return {
+        f"median_{unit}": float(median),
+        f"q25_{unit}": float(q25),
+        f"q75_{unit}": float(q75),
+        "n": len(samples),
+        "drift_percent": drift,
+        f"samples_{unit}": [float(s) for s in samples],
+    }
+
+
+def per_second(count: float, ms: float) -> float:
+    """`count` things in `ms` milliseconds, as a rate."""
+    return count / ms * 1e3
+
+
+def percent_of_limit(limit_ms: float, ms: float) -> float:
+    """How much of the attainable speed was reached: 100 is the limit itself."""
+    return limit_ms / ms * 100

@@ -1,0 +1,125 @@
+"""One configuration's answers: lm-eval's `simple_evaluate` over every turn of every dialogue, and over any further lm-eval tasks.
+
+    found = evaluation.evaluate(study, configuration, loaded)
+    evaluation.save(study, configuration, found)
+
+The stock `coqa` score is the last-turn subset of the same samples; it is reported beside the score of all turns.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from helpers import StudyError, results
+from helpers.evaluate.hf_dialogue import CPU_CONTEXTS, HFDialogue
+from helpers.params import Configuration, Study
+from helpers.setup.models import Loaded
+
+TASKS = Path(__file__).parent / "tasks"
+DIALOGUES = "coqa_turns"
+LAST_TURNS = "coqa_last_turns"
+
+
+def model(study: Study, loaded: Loaded) -> HFDialogue:
+    """The loaded model as lm-eval sees it. Only CoQA's own metric is asked for, so a row may stop at the end of its answer line."""
+    settings = study.evaluation
+    batch = (
+        {"batch_size": settings.batch_size, "max_slots": settings.batch_size}
+        if settings.batch_size
+        else {"contexts": CPU_CONTEXTS}
+    )
+    return HFDialogue(pretrained=loaded.model, tokenizer=loaded.tokenizer, answer_line=True, **batch)
+
+
+def evaluate(study: Study, loaded: Loaded, lm: HFDialogue | None = None) -> dict:
+    """Put every question to the model. Returns lm-eval's results, with `samples`, and `seconds` (loading excluded), `engine`.
+
+    Raises StudyError if a further task's name is unknown to lm-eval.
+    """
+    lm = lm or model(study, loaded)
+    metadata = {"source": study.data.source, "dialogues": study.data.dialogues, "revision": study.data.revision}
+    # lm-eval's own tasks are some 10,000 files to look through, for seconds: only where one of them is wanted.
+    manager = TaskManager(include_path=str(TASKS), include_defaults=bool(study.evaluation.tasks), metadata=metadata)
+    common = {
+        "model": lm,
+        "task_manager": manager,
+        "log_samples": True,
+        "bootstrap_iters": 0,
+        "random_seed": study.seed,
+        "metadata": metadata,
+    }
+    start = time.perf_counter()
+    found = simple_evaluate(tasks=[DIALOGUES], gen_kwargs={"max_gen_toks": study.evaluation.max_gen_toks}, **common)
+    seconds, engine = time.perf_counter() - start, lm.report()
+    if study.evaluation.tasks:
+        known = set(manager.all_tasks)
+        for name in study.evaluation.tasks:
+            if name not in known:
+                raise StudyError(
+                    f"evaluation.tasks: lm-eval has no task '{name}'; `python -m lm_eval ls tasks` lists them"
+                )
+        lm.answer_line = False  # their metrics may read beyond the first line
+        more = simple_evaluate(
+            tasks=study.evaluation.tasks, limit=study.evaluation.limit, **(common | {"metadata": None})
+        )
+        for part in ("results", "samples", "configs", "versions", "n-shot", "higher_is_better"):
+            found[part] |= more[part]
+    return found | {"seconds": seconds, "engine": engine}
+
+
+def last_turns(samples: list[dict]) -> list[dict]:
+    """The questions that lm-eval's own CoQA task asks."""
+    return [row for row in samples if row["doc"]["last_turn"]]
+
+
+def mean(samples: list[dict], metric: str) -> float:
+    return sum(row[metric] for row in samples) / len(samples)
+
+
+def _scores(values: dict) -> dict:
+    """lm-eval's `f1,none` and `f1_stderr,none` as f1 and f1_stderr; what is not a number (an alias, N/A) left out."""
+    return {key.split(",")[0]: value for key, value in values.items() if isinstance(value, (int, float)) and "," in key}
+
+
+def save(study: Study, configuration: Configuration, loaded: Loaded, found: dict) -> results.Result:
+    """Write samples and results in lm-eval's formats, and this project's evaluation.json."""
+    folder = results.path(study, configuration, "evaluation").parent
+    tasks, files = {}, {}
+    for name, samples in found["samples"].items():
+        file = f"samples_{name}.jsonl"
+        files[file] = results.write_lines(folder / file, samples)
+        tasks[name] = _scores(found["results"][name]) | {"samples": file, "questions": len(samples)}
+    samples = found["samples"][DIALOGUES]
+    last = last_turns(samples)
+    tasks[LAST_TURNS] = {metric: mean(last, metric) for metric in ("f1", "em")} | {
+        "questions": len(last),
+        "of": DIALOGUES,
+    }
+    results.write_json(
+        folder / "lm_eval.json", {k: found[k] for k in ("results", "configs", "versions", "n-shot", "higher_is_better")}
+    )
+    data = {
+        "tasks": tasks,
+        "files": files,
+        "questions": len(samples),
+        "dialogues": len({row["doc"]["id"] for row in samples}),
+        "seconds": found["seconds"],
+        "engine": found["engine"],
+        "loading": loaded.info,
+        "process_peak_mb": peak_mb(),
+    }
+    return results.write(study, configuration, "evaluation", data)
+
+
+def peak_mb() -> float:
+    """Highest resident memory of this process so far, in MiB."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

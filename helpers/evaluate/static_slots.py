@@ -1,0 +1,219 @@
+"""Shared contexts over fixed buffers (see helpers.slots): a step in buckets of rows and columns, which a CUDA graph can hold."""
+
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+
+from helpers.evaluate.slots import COLUMN_MULTIPLE, Place, Row, Slots, round_up
+from helpers.setup.device import capture_stream
+
+COLUMN_BUCKET = 512
+LANES = 16  # of a slot at least: what its rows leave free is for their guesses
+ROW_BUCKETS = (128, 1024)  # few, because capturing one costs as much as dozens of its steps
+# By model, the row buckets of which a step has run: the first one in a process loads kernels, which a capture may not.
+WARM: WeakKeyDictionary = WeakKeyDictionary()
+
+
+class OutOfColumns(Exception):
+    """The buffers can't take another token; `StaticSlots.repack` makes room."""
+
+
+def uncapturable(model) -> str | None:
+    """Why a decode step can't be a CUDA graph, or None."""
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "state", None), "threshold", 0.0) > 0.0:
+            return f"LLM.int8() with threshold {module.state.threshold} synchronizes in every layer ({name})"
+    return None
+
+
+class StaticSlots(Slots):
+    """`slots` contexts of up to `columns` columns and `turns` rows each. Slot 0 is scratch: padding rows write there. A slot has a *lane*
+    for each of its rows; a guessed token takes a free one.
+
+    A step raises OutOfColumns before anything is changed. captured: steps run as CUDA graphs; `captures` counts them, `fallbacks` lists
+    reasons why a step was not captured.
+    """
+
+    first = 1
+
+    def __init__(self, model, slots: int, turns: int, columns: int, captured: bool = False):
+        super().__init__(model, slots)
+        self.lanes, self.columns = max(turns, LANES), round_up(columns, COLUMN_MULTIPLE)
+        self.captured = captured
+        if captured and (reason := uncapturable(model)):
+            self.fallbacks.append(reason)
+            self.captured = False
+        self.graphs: dict = {}
+        self.warm: set[int] = WARM.setdefault(model, set())
+        self.pool = None
+        shape = (self.count, self.columns, self.kv_heads, self.head_dim)
+        # Given back at once, to be cut up for the layers: the driver takes long over each request, however large.
+        torch.empty(2 * self.layers, *shape, dtype=self.dtype, device=self.device)
+        # Zeros, not empty: a masked column has weight 0, and 0 times a leftover NaN would be NaN.
+        self.cache = [tuple(self._zeros(*shape) for _ in range(2)) for _ in range(self.layers)]
+        self.mask = self._closed(self.count, self.group, self.lanes, self.columns)
+        self.mask[0] = 0
+        self.visible = self._zeros()
+        self.buffers: dict = {}
+
+    def _storing(self, groups, slots, starts, positions):
+        lengths = torch.tensor([len(tokens) for tokens, _ in groups])
+        where = torch.tensor(slots).repeat_interleave(lengths).to(self.device), positions
+
+        def store(layer, key, value):
+            for cache, new in zip(self.cache[layer], (key, value), strict=True):
+                cache.index_put_(where, new)
+
+        return store
+
+    def _open(self, slots: list[int], lengths: list[list[int]]) -> None:
+        ends = torch.tensor([[*seen, *[0] * (self.lanes - len(seen))] for seen in lengths], device=self.device)
+        closed = torch.arange(self.columns, device=self.device) >= ends[..., None]
+        opened = self._zeros(*closed.shape).masked_fill_(closed, -torch.inf)
+        self.mask[torch.tensor(slots, device=self.device)] = opened[:, None]
+
+    def repack(self, keep: list[int], columns: int, rows: list[Row]) -> dict[int, int]:
+        """Keep these slots and no others, with room for `columns` columns; returns where each went, and tells its `rows`. Graphs are
+        captured anew."""
+        kept, columns = [*range(self.first), *keep], round_up(columns, COLUMN_MULTIPLE)
+        width = min(columns, self.columns)
+        # A memory pool is gone with the last of its graphs; a capture into it would fail.
+        self.graphs.clear()
+        self.pool = None
+        for layer, pair in enumerate(self.cache):
+            moved = tuple(self._zeros(len(kept), columns, self.kv_heads, self.head_dim) for _ in pair)
+            for old, new in zip(pair, moved, strict=True):
+                for to, slot in enumerate(kept):
+                    new[to, :width] = old[slot, :width]
+            self.cache[layer] = moved
+            del pair
+        mask = self._closed(len(kept), *self.mask.shape[1:3], columns)
+        for to, slot in enumerate(kept):
+            mask[to, ..., :width] = self.mask[slot, ..., :width]
+        mask[0] = 0
+        self.mask = mask
+        self.used = [self.used[slot] for slot in kept]
+        self.count, self.columns = len(kept), columns
+        places = {slot: to for to, slot in enumerate(kept)}
+        for row in rows:
+            row.slot = places[row.slot]
+        return places
+
+    def _make_room(self, end: list[int]) -> None:
+        if max(end) > self.columns:
+            raise OutOfColumns
+
+    def _lanes(self, rows, drafts) -> list[list[int]]:
+        """A lane of its own for each guess, as long as its slot has free ones."""
+        taken, free, found = {(row.slot, row.turn) for row in rows}, {}, []
+        for row, draft in zip(rows, drafts, strict=True):
+            if draft and row.slot not in free:
+                free[row.slot] = [lane for lane in range(self.lanes) if (row.slot, lane) not in taken]
+            found.append([free[row.slot].pop() for _ in draft[: len(free[row.slot])]] if draft else [])
+        return found
+
+    def _run(self, parts: list[list[Place]]) -> list[int]:
+        self._lend(parts)
+        return self._static_step([place for part in parts for place in part])
+
+    def _keep(self, parts: list[list[Place]]) -> None:
+        # The step itself has shown a row its first token.
+        self._show([(part[0].slot, part[0].lane, place.column) for part in parts for place in part[1:]])
+
+    def _lend(self, parts: list[list[Place]]) -> None:
+        """Let the lanes of guesses see what their row sees, and the tokens of their row that stand before them."""
+        pairs = [(part[0].slot, part[0].lane, place.lane) for part in parts for place in part[1:]]
+        if pairs:
+            slot, own, lent = torch.tensor(pairs).to(self.device).unbind(1)
+            self.mask[slot, :, lent] = self.mask[slot, :, own]
+        self._show(
+            [(p.slot, p.lane, before.column) for part in parts for n, p in enumerate(part) for before in part[:n]]
+        )
+
+    def _show(self, places: list[tuple[int, int, int]]) -> None:
+        """Make columns visible: (slot, lane, column)."""
+        if places:
+            self._open_columns(*torch.tensor(places).to(self.device).unbind(1))
+
+    def _open_columns(self, slot, lane, column) -> None:
+        self.mask.permute(0, 2, 3, 1).index_put_((slot, lane, column), self.visible)
+
+    def _key(self, tokens: int, columns: int) -> tuple[int, int]:
+        """The shape of a step that runs so many tokens over so many columns."""
+        count = next((n for n in ROW_BUCKETS if n >= tokens), round_up(tokens, ROW_BUCKETS[-1]))
+        if count not in self.buffers:
+            self.buffers[count] = self._zeros(5, count, dtype=torch.long), self._zeros(count, dtype=torch.long)
+        return count, min(round_up(columns, COLUMN_BUCKET), self.columns)
+
+    def _meanwhile(self, rows: int, columns: int) -> None:
+        self._capture_if_warm(self._key(rows, columns))
+
+    def _static_step(self, places: list[Place]) -> list[int]:
+        key = self._key(len(places), max(p.column for p in places) + 1)
+        inputs, output = self.buffers[key[0]]
+        host = torch.zeros(*inputs.shape, dtype=torch.long)  # what is left over are padding rows: slot 0, column 0
+        host[:, : len(places)] = torch.tensor(places).T
+        inputs.copy_(host)
+        self._capture_if_warm(key)
+        if key in self.graphs:
+            self.graphs[key].replay()
+        else:
+            self._static_forward(*key)
+            self.warm.add(key[0])
+        return output[: len(places)].tolist()
+
+    def _static_forward(self, count: int, width: int) -> None:
+        """One step for `count` rows over all slots' first `width` columns; reads and writes fixed buffers only."""
+        inputs, output = self.buffers[count]
+        slot, lane, column, ids, positions = inputs.unbind(0)
+        self._open_columns(slot, lane, column)
+        mask = (
+            self.mask[..., :width]
+            .reshape(self.count, 1, self.group * self.lanes, width)
+            .expand(-1, self.kv_heads, -1, -1)
+        )
+        place = slot * self.lanes + lane
+
+        def attend(layer, query, key, value, scaling):
+            keys, values = self.cache[layer]
+            keys.index_put_((slot, column), key[0].transpose(0, 1))
+            values.index_put_((slot, column), value[0].transpose(0, 1))
+            padded = query.new_empty(self.count * self.lanes, self.heads, self.head_dim)
+            padded.index_copy_(0, place, query[0].transpose(0, 1))
+            padded = padded.view(self.count, self.lanes, self.kv_heads, self.group, self.head_dim).permute(
+                0, 2, 3, 1, 4
+            )
+            padded = padded.reshape(self.count, self.kv_heads, self.group * self.lanes, self.head_dim)
+            seen = keys[:, :width].transpose(1, 2), values[:, :width].transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(padded, *seen, attn_mask=mask, scale=scaling)
+            mixed = mixed.view(self.count, self.kv_heads, self.group, self.lanes, self.head_dim).permute(0, 3, 1, 2, 4)
+            return mixed.reshape(self.count * self.lanes, self.heads, self.head_dim).index_select(0, place)[None]
+
+        hidden = self._forward(ids[None], positions[None], attend)
+        output.copy_(self._likeliest(hidden[0]))
+
+    def _capture_if_warm(self, key) -> None:
+        if self.captured and key[0] in self.warm and key not in self.graphs:
+            self._capture(key)
+
+    def _capture(self, key) -> None:
+        """Record the step as a CUDA graph; a failure is kept with its reason, and steps run eagerly from then on."""
+        try:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            # Not `torch.cuda.graph`: it would wait for the GPU and give its free memory back before it begins.
+            with torch.cuda.stream(capture_stream(self.device)):
+                graph.capture_begin(pool=self.pool)
+                try:
+                    self._static_forward(*key)
+                finally:
+                    graph.capture_end()
+            self.graphs[key] = graph
+            self.captures += 1
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.fallbacks.append(f"CUDA graph: {str(error).splitlines()[0]}")
+            self.captured = False
+            self.graphs.clear()

@@ -1,0 +1,1 @@
+"""03: predictions against full precision, and what formats do to weights."""

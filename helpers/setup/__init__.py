@@ -1,0 +1,1 @@
+"""00: models, data and quantization methods, and all that knows a quantized layer or a device."""

@@ -1,0 +1,206 @@
+"""GPTQ and AWQ through llm-compressor: quantized once with calibration text, kept under .cache/quantized.
+
+    folder, record = compress.quantized(study, configuration, source, tokenizer)
+
+The folder's name ends in a key over everything that the weights depend on (`ingredients`): the full-precision weights, the method's
+options, the calibration tokens, the compute type, and the packages' versions. It appears in one move, complete or not at all, and holds
+record.json with the seconds that quantizing took.
+
+GPTQ: Frantar et al., 2022, https://arxiv.org/abs/2210.17323. AWQ: Lin et al., 2023, https://arxiv.org/abs/2306.00978.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+import time
+from contextlib import contextmanager, redirect_stderr
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from helpers import CACHE, StudyError
+from helpers.params import Configuration, Study
+from helpers.setup import calibration
+
+PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
+HUB_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def weights_key(folder: Path) -> str:
+    """What identifies full-precision weights: the hub's commit if the folder is a snapshot, else the files' sha256."""
+    if HUB_COMMIT.fullmatch(folder.name):
+        return folder.name
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_group_size(architecture, group_size: int) -> None:
+    """Raises StudyError if a group would not divide the inputs of every linear layer: hidden size, MLP size, attention output."""
+    head = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
+    inputs = {
+        "hidden size": architecture.hidden_size,
+        "intermediate size": architecture.intermediate_size,
+        "attention width": head * architecture.num_attention_heads,
+    }
+    for name, size in inputs.items():
+        if size % group_size:
+            fits = [g for g in (256, 128, 64, 32) if not any(s % g for s in inputs.values())]
+            raise StudyError(
+                f"quantization.group_size: {group_size} does not divide the model's {name} {size}; "
+                + (f"write {' or '.join(map(str, fits))}" if fits else "no usual group size does")
+            )
+
+
+def ingredients(
+    configuration: Configuration, weights: str, calibrated: dict, device: torch.device, dtype: torch.dtype
+) -> dict:
+    """Everything that the quantized weights depend on; the cache's key is its hash."""
+    return {
+        "weights": weights,
+        "recipe": configuration.quantization.model_dump(),
+        "calibration": calibrated["sha256"],
+        "computed_in": f"{arithmetic(configuration.quantization.method, dtype)} on {device.type}",
+        "stored_in": str(stored(dtype)),
+        "versions": {p: metadata.version(p) for p in PACKAGES},
+    }
+
+
+def key(parts: dict) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _recipe(options) -> list:
+    """llm-compressor's modifiers for GPTQ, or for AWQ's scaling and the rounding that follows it."""
+    weights = {
+        "num_bits": 4, "type": "int", "symmetric": options.symmetric, "strategy": "group", "group_size": options.group_size,
+    }  # fmt: skip
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    if options.method == "gptq":
+        from llmcompressor.modifiers.gptq import GPTQModifier
+
+        # Columns in the order of their activations, groups as they stand: the unpacked weight needs no reordering.
+        weights |= {"actorder": "static", "observer": f"memoryless_{options.scales}"}
+        return [GPTQModifier(config_groups=groups, ignore=["lm_head"], dampening_frac=options.dampening)]
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    return [
+        AWQModifier(n_grid=options.grid_points, duo_scaling=True),
+        QuantizationModifier(config_groups=groups, ignore=["lm_head"]),
+    ]
+
+
+@contextmanager
+def _without_pinning():
+    """AWQ pins its cached activations so that copies to a GPU overlap; without a GPU torch refuses to pin, and there is nothing to copy to.
+
+    llm-compressor 0.14 calls `IntermediatesCache.pin_memory` unguarded (modifiers/transform/awq/base.py).
+    """
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if torch.cuda.is_available():
+        yield
+        return
+    original = IntermediatesCache.pin_memory
+    IntermediatesCache.pin_memory = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        IntermediatesCache.pin_memory = original
+
+
+@contextmanager
+def _quiet():
+    """llm-compressor logs a line per layer through loguru, and draws progress bars on stderr; its errors are exceptions."""
+    import llmcompressor  # noqa: F401  sets up its own logging
+    from loguru import logger
+
+    logger.disable("llmcompressor")
+    logger.disable("compressed_tensors")
+    with redirect_stderr(io.StringIO()):
+        yield
+
+
+def arithmetic(method: str, dtype: torch.dtype) -> torch.dtype:
+    """What a method computes in. AWQ's search multiplies weights by trial scales, which overflowed float16 on a GPU (SmolLM2-135M: no
+    finite loss in any trial), so it gets float32."""
+    return torch.float32 if method == "awq" else dtype
+
+
+def _quantize(source: str, target: Path, options, ids: list[list[int]], dtype: torch.dtype) -> float:
+    """Quantize `source` into `target`, for a model that computes in `dtype`; returns seconds, loading and saving left out."""
+    with _quiet():
+        from llmcompressor import oneshot
+
+        # Not on a device: llm-compressor moves one layer at a time to the GPU, if there is one.
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=arithmetic(options.method, dtype))
+        batches = [
+            {"input_ids": torch.tensor([i]), "attention_mask": torch.ones(1, len(i), dtype=torch.long)} for i in ids
+        ]
+        loader = torch.utils.data.DataLoader(batches, batch_size=None)
+        start = time.perf_counter()
+        with _without_pinning():
+            # It wants a tokenizer even where the samples are token ids already, and does nothing with it.
+            oneshot(
+                model=model,
+                processor=object(),
+                dataset=loader,
+                recipe=_recipe(options),
+                num_calibration_samples=len(ids),
+            )
+        seconds = time.perf_counter() - start
+        model.to(stored(dtype))
+        model.save_pretrained(target, save_compressed=True)
+    return seconds
+
+
+def stored(dtype: torch.dtype) -> torch.dtype:
+    """Of what a checkpoint does not quantize: as such checkpoints are published, 16 bits, whatever the arithmetic here."""
+    return torch.float16 if dtype == torch.float32 else dtype
+
+
+def quantized(
+    study: Study, configuration: Configuration, source: str, tokenizer, device: torch.device, dtype: torch.dtype
+) -> tuple[Path, dict]:
+    """The folder of the quantized checkpoint, and its record: quantize_seconds (s, in the run that made it), from_cache, checkpoint_bytes,
+    checkpoint_dtype (of what is not quantized in it), calibration, ingredients.
+
+    Raises StudyError if the group size does not fit the model, or the calibration is not allowed (helpers.calibration).
+    """
+    options = configuration.quantization
+    architecture = AutoConfig.from_pretrained(source)
+    check_group_size(architecture, options.group_size)
+    ids, calibrated = calibration.samples(study, options.calibration, tokenizer, architecture.vocab_size)
+    parts = ingredients(configuration, weights_key(Path(source)), calibrated, device, dtype)
+    folder = CACHE / "quantized" / f"{Path(study.model.name).name}-{options.method}-{key(parts)}"
+    if (folder / "record.json").is_file():
+        return folder, {**json.loads((folder / "record.json").read_text()), "from_cache": True}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        target = Path(scratch) / "model"
+        try:
+            seconds = _quantize(source, target, options, ids, dtype)
+            record = {
+                "quantize_seconds": seconds,
+                "checkpoint_bytes": sum(p.stat().st_size for p in target.glob("*.safetensors")),
+                "checkpoint_dtype": str(stored(dtype)).removeprefix("torch."),
+                "calibration": calibrated,
+                "ingredients": parts,
+            }
+            (target / "record.json").write_text(json.dumps(record, indent=2))
+        except OSError as error:
+            why = error.strerror or error
+            raise StudyError(
+                f"{folder}: the quantized weights could not be written ({why}); free some disk space"
+            ) from error
+        if not folder.is_dir():  # another process may have been faster
+            os.replace(target, folder)
+    return folder, {**record, "from_cache": False}

@@ -1,0 +1,91 @@
+"""Where a study computes and what that takes: device, dtype, free and peak memory.
+
+MB is 2**20 bytes, as `get_memory_footprint() / 2**20` is printed in the paper.
+"""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+MB = 2**20
+
+
+def device_and_dtype(wanted: str = "auto") -> tuple[torch.device, torch.dtype, str]:
+    """Where to compute, in what, and why. The reason is stored beside every result."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted != "auto":
+        return device, getattr(torch, wanted), f"{wanted}: asked for in the configuration"
+    if device.type == "cuda":
+        return device, torch.float16, "float16: as in the paper"
+    return device, torch.float32, "float32: no GPU here, and 16-bit arithmetic on a CPU is slow or missing"
+
+
+def environment() -> dict:
+    """Device, dtype and why; for 00_setup."""
+    device, dtype, reason = device_and_dtype()
+    return {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "dtype_reason": reason}
+
+
+def free() -> None:
+    """Give memory back to the device; the caller has dropped its references."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def trim() -> None:
+    """Give freed memory that the C library still holds back to the system; where the library can't (only glibc can), nothing."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def kv_cache_bytes_per_token(cache) -> float:
+    """Bytes of keys and values that one token of one sequence keeps, read off a filled transformers cache."""
+    total = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    batch, _, length, _ = cache.layers[0].keys.shape
+    return total / (batch * length)
+
+
+def process_peak_mb() -> float:
+    """Peak resident memory of this process since it started, or since `reset_peak` (MB)."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures and of what warms up for them. cuBLAS keeps a workspace (32 MiB on an H100) for every stream that it has
+    seen, until the process ends: with a stream for each capture they would add up."""
+    return torch.cuda.Stream(device)
+
+
+def reset_peak(device: torch.device) -> str | None:
+    """Start a new phase of peak memory. Returns why that is not possible here, or None."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return None
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        return f"peak memory of one phase: this system does not let a process reset its peak ({error.strerror})"
+    return None
+
+
+def peak_mb(device: torch.device) -> float:
+    """Peak since `reset_peak` (MB): allocated by torch on a GPU, resident in the whole process on a CPU."""
+    return torch.cuda.max_memory_allocated() / MB if device.type == "cuda" else process_peak_mb()

@@ -1,0 +1,218 @@
+"""What a model really occupies, in bytes, and what it needs while it runs.
+
+`get_memory_footprint()`, the figure that papers quote, counts parameters and buffers. bitsandbytes keeps part of a quantized
+weight elsewhere: absmax, codebook and offset of a 4-bit layer in its `quant_state` (twice, with double quantization), the row
+scales of an int8 layer in an attribute of the weight. `tensors(model)` finds them all, each once.
+
+Vocabulary: MB is 2**20 bytes, as `get_memory_footprint() / 2**20` is printed in the paper.
+"""
+
+import contextlib
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes import functional
+
+
+def _state_tensors(state, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Tensors of a bitsandbytes QuantState, the nested one of double quantization included."""
+    found = {}
+    for name, value in vars(state).items():
+        if isinstance(value, torch.Tensor):
+            found[prefix + name] = value
+        elif name == "state2" and value is not None:
+            found |= _state_tensors(value, prefix + "state2.")
+    return found
+
+
+def quantization_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors that belong to a quantized layer's weight but are neither parameters nor buffers, by name.
+
+    4-bit: absmax, code, offset, state2.absmax, state2.code. int8: SCB (on the weight before, in `state` after the first run).
+    """
+    found = {}
+    weight = getattr(module, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        found |= _state_tensors(state)
+    for holder in (weight, getattr(module, "state", None)):
+        scales = getattr(holder, "SCB", None)
+        if isinstance(scales, torch.Tensor):
+            found["SCB"] = scales
+    return found
+
+
+def inner(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The plain tensors inside a wrapper of several (torchao's: integers or float8 values, and scales), by name; none in a plain one.
+
+    The wrapper has the shape and type of the weight that it stands for, so its own `nbytes` is not what it occupies.
+    """
+    return (
+        {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+        if hasattr(tensor, "__tensor_flatten__")
+        else {}
+    )
+
+
+def tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """All tensors that hold the model: (parameters and buffers, quantization state), by name; what is shared is listed once."""
+    plain, state, seen = {}, {}, set()
+
+    def add(target, name, tensor):
+        key = (tensor.device, tensor.data_ptr())
+        if key not in seen and tensor.nbytes:
+            seen.add(key)
+            target[name] = tensor
+
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for part, held in (inner(tensor) or {"": tensor}).items():
+            if part in ("", "qdata"):
+                add(plain, name, held)
+            else:
+                add(state, f"{name}.{part}", held)
+    for name, module in model.named_modules():
+        # An int8 layer moves its packed weight into `state.CB` at the first run.
+        packed = getattr(getattr(module, "state", None), "CB", None)
+        if isinstance(packed, torch.Tensor):
+            add(plain, f"{name}.weight", packed)
+        for part, tensor in quantization_state(module).items():
+            add(state, f"{name}.{part}", tensor)
+    return plain, state
+
+
+def stored_bytes(model: torch.nn.Module) -> dict[str, int]:
+    """Bytes of {parameters_and_buffers, quantization_state}; a codebook shared by all layers counts once."""
+    plain, state = tensors(model)
+    return {
+        "parameters_and_buffers": sum(t.nbytes for t in plain.values()),
+        "quantization_state": sum(t.nbytes for t in state.values()),
+    }
+
+
+def checkpoint_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the tensors that `save_pretrained` writes, tied weights once."""
+    seen = {}
+    for value in model.state_dict().values():
+        for tensor in (inner(value) or {"": value}).values():
+            if isinstance(tensor, torch.Tensor):
+                seen[tensor.data_ptr(), tensor.nbytes] = tensor.nbytes
+    return sum(seen.values())
+
+
+def linear_layers(model) -> dict[str, torch.nn.Linear]:
+    """The linear layers that quantization replaces, by name: all but the output layer. Quantized or not."""
+    output = model.get_output_embeddings()
+    return {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output}
+
+
+def repacked(module: torch.nn.Module) -> bool:
+    """Has bitsandbytes rearranged a 4-bit layer for this CPU? On CPUs with AVX512-BF16 its first forward pass does, and from then on it
+    computes in bfloat16, scales included, whatever the compute dtype."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def dequantize(module: torch.nn.Module) -> torch.Tensor:
+    """The weight (out, in) that a linear layer computes with.
+
+    bitsandbytes' layers are undone with its own functions. Any other quantized layer is asked for the image of the identity, which is its
+    weight if it quantizes weights only (GPTQ, AWQ, weight-only FP8; formats that scale each activation row by its maximum
+    keep a row of the identity too). AWQ moves scales into neighbouring layers: its weight is not comparable with the original. A 4-bit
+    layer that a forward pass has repacked for this CPU (`repacked`) is asked as well, and answers in bfloat16.
+    """
+    weight = module.weight if hasattr(module, "weight") else None
+    if isinstance(module, bnb.nn.Linear4bit) and not repacked(module):
+        return functional.dequantize_4bit(weight.data, weight.quant_state)
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        # The first forward pass moves the weight and its scales from the parameter into the layer's state.
+        scales = module.state.SCB if module.state.SCB is not None else weight.SCB
+        values = module.state.CB if module.state.CB is not None else weight.data
+        return functional.int8_vectorwise_dequant(values, scales)
+    if hasattr(weight, "dequantize") and hasattr(
+        weight, "__tensor_flatten__"
+    ):  # torchao: a wrapper that says it is floating point
+        with contextlib.suppress(NotImplementedError):  # int4 in tinygemm's layout can only be multiplied with
+            return weight.detach().dequantize()
+    if (
+        type(module) is torch.nn.Linear
+        and not hasattr(weight, "__tensor_flatten__")
+        and torch.is_floating_point(weight)
+    ):
+        return weight.detach()
+    held = [*module.parameters(), *module.buffers()]
+    dtype = next((t.dtype for t in held if torch.is_floating_point(t)), torch.float32)
+    with torch.inference_mode():
+        identity = torch.eye(module.in_features, dtype=dtype, device=held[0].device)
+        image = module(identity)
+        return (image - module.bias if getattr(module, "bias", None) is not None else image).T.contiguous()
+
+
+def stored_dtype(module) -> str:
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        return "int8"  # the layer hides it once it has run
+    held = [getattr(module, key, None) for key in ("weight", "weight_packed", "qweight")]
+    dtype = next((t.dtype for t in held if t is not None), None)
+    return str(dtype).removeprefix("torch.") + (", two weights each" if isinstance(module, bnb.nn.Linear4bit) else "")
+
+
+def is_quantized(module: torch.nn.Module) -> bool:
+    """A linear layer that is not plain: another class (bitsandbytes), another kind of weight (torchao), or unpacked from a checkpoint."""
+    import torch
+
+    if not isinstance(module, torch.nn.Linear):
+        return False
+    return (
+        type(module) is not torch.nn.Linear
+        or hasattr(module.weight, "__tensor_flatten__")
+        or hasattr(module, "quantization_scheme")
+    )
+
+
+def make_plain(model: torch.nn.Module) -> None:
+    """Take compressed-tensors' wrappers off a model that is unpacked: its weights are final, and the wrappers' Python, in every access to a
+    weight and every call of a layer, would be counted as time (and its scales as memory). torch.compile can't see through them either.
+    `quantization_scheme` stays, and tells a layer that was quantized (`is_quantized`)."""
+    import torch
+    from compressed_tensors.offload import remove_dispatch
+
+    remove_dispatch(model, onload_tensors=True)
+    for module in model.modules():
+        quantized = hasattr(module, "quantization_scheme") and isinstance(module, torch.nn.Linear)
+        if quantized:
+            if "weight" not in module._parameters:
+                raise RuntimeError(f"a layer was not unpacked: it holds {sorted(module._parameters)}")
+            for name in [n for n in (*module._parameters, *module._buffers) if n not in ("weight", "bias")]:
+                delattr(module, name)
+        if quantized or getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            module.__dict__.pop("forward", None)
+
+
+def quantized_layers(model) -> dict[str, torch.nn.Module]:
+    """Linear layers that are not plain torch ones, by name; `helpers.weights.dequantize` gives the weight that one computes with."""
+    return {name: module for name, module in model.named_modules() if is_quantized(module)}
+
+
+def weight_count(parameter) -> int:
+    """Number of weights a parameter stands for: 4-bit ones are packed two to a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else parameter.numel()
+
+
+def widest_layer(model) -> int:
+    """Most columns that any linear layer reads or writes: rows times it must stay under 2^31 (bitsandbytes' LLM.int8() overflows). The
+    vocabulary's layer is left out: it never gets more than HEAD_ROWS rows."""
+    return max(max(m.in_features, m.out_features) for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
+
+
+def widest_int8_layer(model) -> int | None:
+    """Outputs of the widest LLM.int8() layer; None if the model has none."""
+    return max((m.out_features for m in model.modules() if type(m).__name__ == "Linear8bitLt"), default=None)
+
+
+def int8_threshold(model) -> float | None:
+    """Outlier threshold of the model's LLM.int8() layers; None if it has none."""
+    for module in model.modules():
+        threshold = getattr(getattr(module, "state", None), "threshold", None)
+        if type(module).__name__ == "Linear8bitLt" and threshold is not None:
+            return float(threshold)
+    return None

@@ -26,7 +26,6 @@ KINDS = {
     "02_benchmark": "benchmark",
     "03_fidelity": "fidelity",
     "03_weights": "weights",
-    "04_analysis": "analysis",
 }
 
 

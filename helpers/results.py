@@ -6,7 +6,6 @@
     executed/STUDY/weights.json
     executed/STUDY/CONFIGURATION/samples_TASK.jsonl     lm-eval's own format, a line per question
     executed/STUDY/CONFIGURATION/lm_eval.json           lm-eval's own results
-    executed/STUDY/analysis.json                        everything that the report and the README say
 
 Every JSON file but lm-eval's is an envelope (`Result`) around `data`, whose keys `DATA` lists by kind. A file that is truncated, foreign or
 of another schema is named and refused.
@@ -30,14 +29,13 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from helpers import EXECUTED, FIGURES, ROOT, StudyError
 from helpers.params import Configuration, Study
+from helpers.schema import DATA, Kind
 
 SCHEMA = 1
-Kind = Literal["setup", "evaluation", "benchmark", "fidelity", "weights", "analysis"]
 PACKAGES = (
     "torch",
     "transformers",
@@ -50,57 +48,6 @@ PACKAGES = (
     "llmcompressor",
     "torchao",
 )
-
-
-class Setup(TypedDict):
-    weights: dict  # source, name, folder's files with sha256 and bytes, parameters
-    data: dict | None  # source, dialogues, questions, words per story; none for a hardware study
-    environment: dict  # what 00_setup showed: device, dtype and its reason
-
-
-class Evaluation(TypedDict):
-    tasks: dict  # task -> metric -> value, and "samples": its file name
-    files: dict  # file name -> {"lines", "sha256"}
-    questions: int  # in coqa_turns
-    dialogues: int
-    seconds: float  # answering them all, loading excluded
-    engine: dict  # hf-dialogue's timings and counts (helpers.dialogue)
-    loading: dict  # helpers.models.load's info
-    process_peak_mb: float  # highest resident memory of the process, MiB
-
-
-class Benchmark(TypedDict):
-    device: str  # cpu or cuda
-    memory: dict  # helpers.benchmark
-    prefill: list  # a row per mode and length
-    decode: list  # a row per mode and batch size
-
-
-class Fidelity(TypedDict):
-    tokens: int  # compared
-    dialogues: int
-
-
-class Weights(TypedDict):
-    """What formats do to the full-precision weights, once per study."""
-
-    weights: dict  # helpers.fidelity.formats.analyse
-    sensitivity: dict
-    noise: dict
-
-
-class Analysis(TypedDict):
-    numbers: dict  # name -> what README and report print
-
-
-DATA = {
-    "setup": Setup,
-    "evaluation": Evaluation,
-    "benchmark": Benchmark,
-    "fidelity": Fidelity,
-    "weights": Weights,
-    "analysis": Analysis,
-}
 
 
 class Result(BaseModel):
@@ -250,7 +197,7 @@ def _write(target: Path, result: Result) -> Result:
 
 def write(study: Study, configuration: Configuration | None, kind: Kind, data: dict, process: int = 1) -> Result:
     """Check and write a finished result. Raises ValidationError if keys of its kind are missing, ValueError on NaN."""
-    TypeAdapter(DATA[kind]).validate_python(data)
+    DATA[kind].model_validate(data)
     return _write(path(study, configuration, kind, process), _envelope(study, configuration, kind, "ok", None, data))
 
 
@@ -314,7 +261,7 @@ def read(source: Path) -> Result:
     try:
         result = Result.model_validate(values)
         if result.status == "ok":
-            TypeAdapter(DATA[result.kind]).validate_python(result.data)
+            DATA[result.kind].model_validate(result.data)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

@@ -18,7 +18,7 @@ from pathlib import Path
 from helpers import ROOT, StudyError
 from helpers.setup import hub
 
-EMBEDDED = Path(__file__).parent / "tasks" / "dialogues"
+EMBEDDED = ROOT / "helpers" / "tasks" / "dialogues"
 HELD_OUT = "held_out.json"
 ANSWER_FIELDS = ("span_start", "span_end", "span_text", "input_text", "turn_id")
 

@@ -1,0 +1,61 @@
+"""What result files hold, kind by kind: every key, with its unit.
+
+A writer's data must fit its model exactly; `results.read` also takes what schema 1 wrote, whose missing keys are then None.
+Nothing here imports torch: the analysis reads these models on any machine.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Kind = Literal["setup", "evaluation", "benchmark", "fidelity", "weights"]
+
+
+class Data(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class Setup(Data):
+    weights: dict  # source, name, folder's files with sha256 and bytes, parameters
+    data: dict | None  # source, dialogues, questions, words per story; none for a hardware study
+    environment: dict  # what 00_setup showed: device, dtype and its reason
+
+
+class Evaluation(Data):
+    tasks: dict  # task -> metric -> value, and "samples": its file name
+    files: dict  # file name -> {"lines", "sha256"}
+    questions: int  # in coqa_turns
+    dialogues: int
+    seconds: float  # answering them all, loading excluded
+    engine: dict  # hf-dialogue's timings and counts
+    loading: dict  # models.load's info
+    process_peak_mb: float  # highest resident memory of the process, MiB
+
+
+class Benchmark(Data):
+    device: str  # cpu or cuda
+    memory: dict
+    prefill: list  # a row per mode and length
+    decode: list  # a row per mode and batch size
+
+
+class Fidelity(Data):
+    tokens: int  # compared
+    dialogues: int
+
+
+class Weights(Data):
+    """What formats do to the full-precision weights, once per study."""
+
+    weights: dict
+    sensitivity: dict
+    noise: dict
+
+
+DATA: dict[str, type[Data]] = {
+    "setup": Setup,
+    "evaluation": Evaluation,
+    "benchmark": Benchmark,
+    "fidelity": Fidelity,
+    "weights": Weights,
+}

@@ -14,12 +14,12 @@ import psutil
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from helpers import StudyError, results
+from helpers import ROOT, StudyError, results
 from helpers.evaluate.hf_dialogue import CPU_CONTEXTS, HFDialogue
 from helpers.params import Configuration, Study
 from helpers.setup.models import Loaded
 
-TASKS = Path(__file__).parent / "tasks"
+TASKS = ROOT / "helpers" / "tasks"
 DIALOGUES = "coqa_turns"
 LAST_TURNS = "coqa_last_turns"
 

@@ -1,0 +1,325 @@
+"""Result files as tidy pandas tables: the one way to a number of a study.
+
+    f = frames.load("smollm2-135m")                             # a study under executed/
+    f = frames.load("executed/reference/h100/smollm2-135m")     # or a folder of results
+    f.samples.groupby("configuration").f1.mean()
+
+Notebooks 04 to 06, claims, sentences and plots read these tables and nothing else. Nothing here imports torch. What was
+not measured is NaN or None, or has no row. Names are the configuration's (`nf4`); `Frames.label` gives what a reader
+sees (`NF4`).
+
+configurations  index: configuration, in the order of every table and figure, full precision first. label, method,
+                dtype (of compute), full (is full precision), packed (the device holds the format's own bits),
+                same_kernels (unpacked when loaded: it runs full precision's kernels, so its times are full
+                precision's), kernel, quantized_share and bits_per_weight (of the linear layers), evaluation,
+                benchmark, fidelity (ok, failed, skipped or None), reason
+samples         a row per configuration and question that all configurations answered: data_set, dialogue, turn,
+                last_turn, domain, question, references, prediction (what the metric reads), f1, em (both 0 to 1),
+                right (em of at least one half), answer_tokens, hit_limit, truncated, kl (mean over the reference
+                answer's tokens, nats)
+scores          lm-eval's own aggregates: configuration, task, metric, value, stderr, questions
+times           configuration, process, phase (prefill, decode, first token), mode (eager, cuda_graph, compile),
+                batch, tokens (prompt or context), ms (median of one prefill, or per output token), q25, q75, n,
+                tokens_per_second, limit_ms, percent_of_limit, gb_per_second, build_seconds
+sizes           index: configuration. MiB: reported (get_memory_footprint), allocated, tensors, state (quantization
+                state), linear, checkpoint, peak_load, peak_prefill, peak_decode; kv_bytes (per token)
+largest         configuration, process, budget_gib, mode, batch (0: none fits), fails_at, tokens_per_second, reason
+energy          configuration, process, mode, batch, seconds, joules_per_token, watts
+profile         configuration, process, mode, batch, what, ms (per step), share, kernels, gb_per_second
+agreement       configuration, process, mode, tokens, identical (greedy tokens equal to eager's)
+tokens          configuration, group (all, story, answers), tokens, ppl_full, ppl, ln_ratio, ln_low, ln_high, p, kl,
+                kl_low, kl_high, kl_median, kl_p99, kl_max, agreement, agreement_low, agreement_high (most likely
+                token equal to full precision's)
+confidence      configuration, low, high (full precision's largest probability), tokens, kl, agreement
+dialogues       configuration, data_set, dialogue, tokens, nll_full, nll, kl (sums in nats)
+formats         index: format. relative_squared_error, sqnr_db, dtype: each format on full precision's weights, and
+                each quantized configuration's own (comparable: False where its method moves scales into neighbouring
+                layers)
+layers          layer, kind, depth, weights, ks_distance, excess_kurtosis, distinct_values, format,
+                relative_squared_error
+block_sizes     format, block_size, double_quant, bits_per_weight, relative_squared_error, sqnr_db, ppl
+sensitivity     depth, format, relative_squared_error, ln_ratio, kl: one block of layers quantized at a time
+noise           kind (nf4, or what the noise was matched to), seed, relative_squared_error, ln_ratio, ln_low, ln_high,
+                f1, f1_low, f1_high (difference from full precision)
+hardware        configuration, process, device, gb_per_second (copy), tflops (matmul), dtype, warnings
+runs            configuration, kind, process, status, reason, created, commit, dirty, gpu, driver, cuda, processor,
+                cores, memory_gib, torch, transformers, bitsandbytes, seed, seconds
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from helpers import ROOT, StudyError, params, results
+from helpers.analysis import tables
+from helpers.params import Study
+
+TASK = "coqa_turns"
+KINDS = ("evaluation", "benchmark", "fidelity")
+ORDER = ("fp16", "bf16", "fp32", "int8", "fp8", "gptq", "awq", "nf4", "fp4", "int4")
+FULL_LABELS = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
+MODES = {"eager": "eager", "cuda_graph": "CUDA graph", "compile": "compiled"}
+RIGHT = 0.5  # exact match is a mean over references: at least half of them
+KEYS = ["data_set", "dialogue", "turn"]
+
+
+class Frames(NamedTuple):
+    study: Study
+    folder: Path
+    full: str | None  # the configuration that others are compared with
+    configurations: pd.DataFrame
+    samples: pd.DataFrame
+    scores: pd.DataFrame
+    times: pd.DataFrame
+    sizes: pd.DataFrame
+    largest: pd.DataFrame
+    energy: pd.DataFrame
+    profile: pd.DataFrame
+    agreement: pd.DataFrame
+    tokens: pd.DataFrame
+    confidence: pd.DataFrame
+    dialogues: pd.DataFrame
+    formats: pd.DataFrame
+    layers: pd.DataFrame
+    block_sizes: pd.DataFrame
+    sensitivity: pd.DataFrame
+    noise: pd.DataFrame
+    hardware: pd.DataFrame
+    runs: pd.DataFrame
+    weights: dict  # codebooks, histogram, spearman, floor: what has no natural table
+    engine: (
+        pd.DataFrame
+    )  # index: configuration. questions, seconds, fallbacks, truncated, and the ratio to stock lm-eval where measured
+
+    def label(self, configuration: str) -> str:
+        """What a reader sees. A format that no configuration has (lloyd_max) is its own name in words."""
+        labels = self.configurations.label
+        return labels[configuration] if configuration in labels else WORDS.get(configuration, configuration.upper())
+
+    def wide(self, metric: str, last_turns: bool = False, data_set: str | None = None) -> pd.DataFrame:
+        """Questions (index: data_set, dialogue, turn) by configuration, of one column of `samples`."""
+        rows = self.samples
+        if last_turns:
+            rows = rows[rows.last_turn]
+        if data_set is not None:
+            rows = rows[rows.data_set == data_set]
+        if rows.empty:
+            return pd.DataFrame()
+        table = rows.pivot(index=KEYS, columns="configuration", values=metric)
+        return table[[name for name in self.configurations.index if name in table]]
+
+    def medians(self) -> pd.DataFrame:
+        """`times` over processes: ms is the median of the processes' medians, low to high their range."""
+        keys = ["configuration", "phase", "mode", "batch", "tokens"]
+        if self.times.empty:
+            return self.times.assign(low=[], high=[], processes=[]).drop(columns="process")
+        grouped = self.times.groupby(keys, sort=False)
+        table = grouped[["ms", "tokens_per_second", "limit_ms", "percent_of_limit", "gb_per_second"]].median()
+        spread = grouped.ms.agg(low="min", high="max", processes="count")
+        return table.join(spread).reset_index()
+
+
+WORDS = {
+    "lloyd_max": "Lloyd-Max for these weights",
+    "gaussian_lloyd_max": "Lloyd-Max for Gaussian weights",
+    "uniform": "16 uniform levels",
+    "asymmetric": "16 uniform levels with a zero point",
+}
+
+
+def load(where: Study | str | Path) -> Frames:
+    """All tables of a study, by its parameters, name or folder of results. Raises StudyError if it has no results."""
+    study = where if isinstance(where, Study) else _study(str(where))
+    finished, processes = results.read_all(study), results.read_processes(study)
+    names = sorted({*finished, *processes}, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
+    finished = {name: finished.get(name, {}) for name in names}
+    data = {
+        kind: {n: p[kind].data for n, p in finished.items() if kind in p and p[kind].status == "ok"} for kind in KINDS
+    }
+    runs = {n: [(i, r) for i, r in enumerate(processes.get(n, []), 1)] for n in names}
+    measured = {n: [(i, r.data) for i, r in runs[n] if r.status == "ok"] for n in names}
+    configurations = _configurations(finished, data)
+    weights = _weights(study, data["fidelity"])
+    samples = _samples(study, data["evaluation"], data["fidelity"])
+    built = {
+        "configurations": configurations,
+        "samples": samples,
+        "scores": tables.scores(data["evaluation"]),
+        "times": tables.times(measured),
+        "sizes": tables.sizes(data["benchmark"]),
+        "largest": tables.rows(measured, "largest_batch", {"fails_at": "fails"}, tables.LARGEST),
+        "energy": tables.rows(measured, "energy.rows", {"mean_watts": "watts"}, tables.ENERGY),
+        "profile": tables.rows(measured, "profile", {"ms_per_step": "ms"}, tables.PROFILE),
+        "agreement": tables.rows(measured, "agreement", {}, tables.AGREEMENT),
+        "tokens": tables.tokens(data["fidelity"]),
+        "confidence": tables.confidence(data["fidelity"]),
+        "dialogues": tables.dialogues(data["fidelity"]),
+        "formats": tables.formats(weights, data["fidelity"]),
+        "layers": tables.layers(weights),
+        "block_sizes": pd.DataFrame(weights.get("weights", {}).get("block_sizes", [])),
+        "sensitivity": pd.DataFrame((weights.get("sensitivity") or {}).get("layers", [])),
+        "noise": tables.noise(weights.get("noise") or {}),
+        "hardware": tables.hardware(measured),
+        "runs": _runs(study, finished, runs),
+        "engine": _engine(study, data["evaluation"]),
+    }
+    full = next((n for n in names if configurations.full[n]), None)
+    return Frames(study=study, folder=results.folder(study), full=full, weights=weights, **built)
+
+
+def _study(where: str) -> Study:
+    """A study by its name, or by a folder of results, which hold their parameters."""
+    folder = Path(where) if Path(where).is_absolute() else ROOT / where
+    if "/" not in where:
+        return params.read_study(where)
+    for source in sorted(folder.glob("*/*.json")) + sorted(folder.glob("*.json")):
+        if source.stem.partition("_")[0] in (*KINDS, "setup", "weights") and source.stem != "bench_eval":
+            given = results.read(source).provenance["study"]
+            known = {key: value for key, value in given.items() if key in Study.model_fields}
+            inside = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+            return params.check(known | {"folder": str(inside)}, results.clean(str(source))).study
+    raise StudyError(f"{where}: holds no results; give a folder that make run-all wrote, or the name of a study")
+
+
+def _configurations(finished: dict, data: dict) -> pd.DataFrame:
+    rows = []
+    for name, parts in finished.items():
+        origin = next((r.provenance["configuration"] for r in parts.values() if r.provenance["configuration"]), {})
+        method = origin.get("quantization", {}).get("method")
+        info = next((data[k][name].get("loading") or {} for k in ("evaluation", "benchmark") if name in data[k]), {})
+        full = method == "none"
+        label = FULL_LABELS.get(info.get("dtype"), origin.get("label")) if full else origin.get("label", name)
+        rows.append(
+            {
+                "configuration": name,
+                "label": label,
+                "method": method,
+                "dtype": info.get("dtype"),
+                "full": full,
+                "packed": info.get("packed"),
+                "same_kernels": not full and info.get("packed") is False,
+                "kernel": info.get("kernel"),
+                "quantized_share": info.get("quantized_share"),
+                "bits_per_weight": info.get("bits_per_weight"),
+                **{kind: parts[kind].status if kind in parts else None for kind in KINDS},
+                "reason": next((r.reason for r in parts.values() if r.status != "ok"), None),
+            }
+        )
+    return pd.DataFrame(rows).set_index("configuration")
+
+
+def prediction(row: dict) -> str | None:
+    """What CoQA's metric reads of an answer: its first line that is not blank."""
+    answer = row.get("filtered_resps")
+    return answer[0].strip().split("\n")[0] if answer else None
+
+
+def _samples(study: Study, evaluations: dict, fidelity: dict) -> pd.DataFrame:
+    parts = []
+    for name, data in evaluations.items():
+        file = data["tasks"][TASK]["samples"]
+        lines = results.read_lines(results.folder(study) / name / file, data["files"][file])
+        kl = {(str(row["id"]), row["turn"]): row["kl"] for row in (fidelity.get(name) or {}).get("per_question", [])}
+        for row in lines:
+            doc = row["doc"]
+            key = str(doc["id"]), int(doc["turn"])
+            parts.append(
+                {
+                    "configuration": name,
+                    "data_set": doc.get("data_set", "dialogues"),
+                    "dialogue": key[0],
+                    "turn": key[1],
+                    "last_turn": bool(doc["last_turn"]),
+                    "domain": doc.get("source"),
+                    "question": doc.get("question"),
+                    "references": doc.get("references"),
+                    "prediction": prediction(row),
+                    "f1": row["f1"],
+                    "em": row["em"],
+                    "right": row["em"] >= RIGHT,
+                    "answer_tokens": row.get("answer_tokens"),
+                    "hit_limit": row.get("hit_limit"),
+                    "truncated": row.get("truncated"),
+                    "kl": kl.get(key, np.nan),
+                }
+            )
+    if not parts:
+        return pd.DataFrame(columns=["configuration", *KEYS, *SAMPLE])
+    table = pd.DataFrame(parts)
+    answered = table.groupby(KEYS).configuration.transform("nunique")
+    common = table[answered == len(evaluations)].reset_index(drop=True)
+    if common.empty:
+        raise StudyError(
+            f"{', '.join(evaluations)}: no question was answered by all; run make clean and make run-all again"
+        )
+    return common
+
+
+SAMPLE = ["last_turn", "domain", "question", "references", "prediction", "f1", "em", "right"]
+SAMPLE += ["answer_tokens", "hit_limit", "truncated", "kl"]
+
+
+def _weights(study: Study, fidelity: dict) -> dict:
+    """03_weights' result; earlier versions kept it with full precision's fidelity."""
+    path = results.folder(study) / "weights.json"
+    if path.is_file():
+        return results.read(path).data or {}
+    return next((d for d in fidelity.values() if "layers" in (d.get("weights") or {})), {})
+
+
+def _runs(study: Study, finished: dict, processes: dict) -> pd.DataFrame:
+    found = [(n, k, 1, parts[k]) for n, parts in finished.items() for k in KINDS if k in parts and k != "benchmark"]
+    found += [(n, "benchmark", i, result) for n, several in processes.items() for i, result in several]
+    for kind in ("setup", "weights"):
+        path = results.folder(study) / f"{kind}.json"
+        if path.is_file():
+            found.append((None, kind, 1, results.read(path)))
+    rows = []
+    for name, kind, process, result in found:
+        origin, gpu, packages = result.provenance, result.provenance["gpu"] or {}, result.provenance["packages"]
+        data = result.data or {}
+        seconds = data.get("measure_seconds") or data.get("seconds")
+        rows.append(
+            {
+                "configuration": name,
+                "kind": kind,
+                "process": process,
+                "status": result.status,
+                "reason": result.reason,
+                **{key: origin.get(key) for key in ("created", "commit", "dirty")},
+                "gpu": gpu.get("name"),
+                "driver": gpu.get("driver"),
+                "cuda": gpu.get("cuda"),
+                **{key: origin.get(key) for key in ("processor", "cores", "memory_gib")},
+                **{key: packages.get(key) for key in ("torch", "transformers", "bitsandbytes")},
+                "seed": origin.get("seed"),
+                "seconds": sum(seconds.values()) if isinstance(seconds, dict) else seconds,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _engine(study: Study, evaluations: dict) -> pd.DataFrame:
+    path = results.folder(study) / "bench_eval.json"
+    stock = {}
+    if path.is_file():
+        try:
+            stock = {n: c["tasks"][TASK] for n, c in json.loads(path.read_text())["configurations"].items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise StudyError(f"{path.name}: not what bench-eval writes ({type(error).__name__}); delete it") from None
+    rows = {
+        name: {
+            "questions": data["questions"],
+            "seconds": data["seconds"],
+            "fallbacks": sum(v if isinstance(v, int) else 1 for v in (data["engine"].get("fallbacks") or {}).values()),
+            "truncated": tables.dig(data, "engine.counts.truncated"),
+            "stock_ratio": (stock.get(name) or {}).get("ratio"),
+            "stock_identical": (stock.get(name) or {}).get("identical_share"),
+        }
+        for name, data in evaluations.items()
+    }
+    columns = ["questions", "seconds", "fallbacks", "truncated", "stock_ratio", "stock_identical"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)

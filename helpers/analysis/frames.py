@@ -5,7 +5,8 @@
     f.samples.groupby("configuration").f1.mean()
 
 Notebooks 04 to 06, claims, sentences and plots read these tables and nothing else. Nothing here imports torch. What was
-not measured is NaN or None, or has no row. Names are the configuration's (`nf4`); `Frames.label` gives what a reader
+not measured is NaN or None, or has no row; so is what a format unpacked to full precision would only repeat: times,
+energy, sizes in memory. Names are the configuration's (`nf4`); `Frames.label` gives what a reader
 sees (`NF4`).
 
 configurations  index: configuration, in the order of every table and figure, full precision first. label, method,
@@ -121,6 +122,19 @@ class Frames(NamedTuple):
         spread = grouped.ms.agg(low="min", high="max", processes="count")
         return table.join(spread).reset_index()
 
+    def ratios(self) -> pd.DataFrame:
+        """`medians` over full precision at the same setting: ratio, and the range of any two processes."""
+        keys = ["phase", "mode", "batch", "tokens"]
+        table = self.medians()
+        full = table[table.configuration == self.full][[*keys, "ms", "low", "high", "processes"]]
+        both = table[table.configuration != self.full].merge(full, on=keys, suffixes=("", "_full"))
+        return both.assign(
+            ratio=both.ms / both.ms_full,
+            ratio_low=both.low / both.high_full,
+            ratio_high=both.high / both.low_full,
+            processes=both[["processes", "processes_full"]].min(axis=1),
+        )
+
 
 WORDS = {
     "lloyd_max": "Lloyd-Max for these weights",
@@ -167,6 +181,10 @@ def load(where: Study | str | Path) -> Frames:
         "engine": _engine(study, data["evaluation"]),
     }
     full = next((n for n in names if configurations.full[n]), None)
+    unpacked = configurations.index[configurations.same_kernels]
+    for name in ("times", "largest", "energy", "profile", "agreement"):  # full precision's, not the format's
+        built[name] = built[name][~built[name].configuration.isin(unpacked)].reset_index(drop=True)
+    built["sizes"].loc[built["sizes"].index.isin(unpacked), built["sizes"].columns != "checkpoint"] = np.nan
     return Frames(study=study, folder=results.folder(study), full=full, weights=weights, **built)
 
 

@@ -1,0 +1,86 @@
+"""How numbers, tables and sentences look: one minus sign, one per cent style, everything from outside escaped."""
+
+import html
+
+import pandas as pd
+from IPython.display import HTML, display
+
+NONE = "–"
+
+
+def number(value, digits: int = 2, signed: bool = False) -> str:
+    """A number as text with a true minus sign, or a dash for None and NaN."""
+    if value is None or pd.isna(value):
+        return NONE
+    text = f"{value:{'+' if signed else ''},.{digits}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.lstrip("+-")
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def significant(value, digits: int = 3) -> str:
+    """Three digits, whatever the size: 0.0123, 1.23, 12.3, 1,230."""
+    if value is None or pd.isna(value):
+        return NONE
+    rounded = float(f"{value:.{digits}g}")
+    decimals = max(0, digits - 1 - (len(str(int(abs(rounded)))) - 1)) if abs(rounded) >= 1 else None
+    return number(rounded, decimals) if decimals is not None else f"{rounded:.{digits}g}".replace("-", "\N{MINUS SIGN}")
+
+
+def points(value, signed: bool = True) -> str:
+    """A share or a difference of shares in points of 100: +2.5."""
+    return number(None if value is None else 100 * value, 1, signed)
+
+
+def percent(value, digits: int = 1, signed: bool = False) -> str:
+    """A share as 58.4%."""
+    text = number(None if value is None else 100 * value, digits, signed)
+    return text if text == NONE else f"{text}%"
+
+
+def times(value, digits: int = 2) -> str:
+    """A ratio as 1.98x."""
+    text = number(value, digits)
+    return text if text == NONE else f"{text}x"
+
+
+def interval(low, high, form=points) -> str:
+    """[low, high], or nothing where there is none."""
+    return "" if low is None or pd.isna(low) else f"[{form(low)}, {form(high)}]"
+
+
+def p_value(value) -> str:
+    return NONE if value is None or pd.isna(value) else "< 0.001" if value < 0.001 else number(value, 3)
+
+
+def with_interval(frame: pd.DataFrame, value: str, low: str, high: str, form=points) -> pd.Series:
+    """`value [low, high]` as text, row by row."""
+    return frame.apply(lambda row: f"{form(row[value])} {interval(row[low], row[high], form)}".strip(), axis=1)
+
+
+def say(*sentences: str) -> None:
+    """Paragraphs; every sentence is escaped."""
+    display(HTML("".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences if sentence)))
+
+
+def note(*sentences: str) -> None:
+    """Small print."""
+    display(HTML("".join(f'<p class="note">{html.escape(sentence)}</p>' for sentence in sentences if sentence)))
+
+
+def warn(*sentences: str) -> None:
+    """What the reader must know before the numbers."""
+    display(HTML("".join(f'<p class="warning">{html.escape(sentence)}</p>' for sentence in sentences if sentence)))
+
+
+def bullets(sentences: list[str]) -> None:
+    display(HTML("<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences) + "</ul>"))
+
+
+def show(frame: pd.DataFrame, missing: str = "Not measured in this study.", **forms) -> None:
+    """A table without its index; `forms` maps columns to functions that write their values. Every cell is escaped."""
+    if frame.empty:
+        return note(missing)
+    form = {name: function for name, function in forms.items() if name in frame}
+    table = frame.to_html(index=False, escape=True, border=0, classes="study", na_rep=NONE, formatters=form)
+    display(HTML(table))

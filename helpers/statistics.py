@@ -1,60 +1,64 @@
-"""Differences between configurations, with what they are worth.
+"""Differences between configurations, and how much the data can say about them.
 
-A question is answered by every configuration, so differences are paired by question. The questions of one dialogue share a story and
-a history, so they are not independent: the dialogue (cluster) is what gets resampled, flipped and counted. In this file `values` is one
-number per question (F1 or exact match in [0, 1], log-probabilities in nats), `clusters` the dialogue's id of each question, `weights`
-(none: all ones) what a question counts for, such as its tokens. A mean is sum(weights * values) / sum(weights) over all questions, so
-a long dialogue counts more than a short one, as in the score that lm-eval prints.
+Every configuration answers every question, so differences are paired by question. The questions of a dialogue share a
+story and a history, so the dialogue (cluster) is what gets resampled, flipped and counted. `values` is one number per
+question (F1 or exact match in [0, 1], log-probabilities in nats), `clusters` the dialogue id of each question,
+`weights` what a question counts for (tokens; default: all ones). A mean is sum(weights * values) / sum(weights), as in
+the score that lm-eval prints: long dialogues count more. Every function takes `confidence`, `resamples` and `seed` from
+its caller (params.Statistics) as keyword arguments.
 
-    interval    percentile interval of the cluster bootstrap, its tails widened from normal to Student's t (Hesterberg, "What Teachers
-                Should Know About the Bootstrap", The American Statistician 69(4), 2015). The interval of a single mean is also corrected
-                for skewness (BCa: Efron, JASA 82, 1987): a score that is rarely above zero is lopsided, and a difference less so.
-                tests/bench_statistics.py compares both with the plain percentile interval and with bootstrap-t.
-    p           two-sided sign-flip permutation test: under the null hypothesis the two configurations are exchangeable within a dialogue,
-                so each dialogue's summed difference may as well have the other sign.
-    detectable  difference that a two-sided 5% t test over this many dialogues finds with 80% power (noncentral t)
-    p_holm      p after Holm's step-down adjustment over the family of rows
+    ci          percentile interval of the cluster bootstrap, its tails widened from normal to Student's t (Hesterberg,
+                The American Statistician 69(4), 2015). The interval of a single mean is also corrected for skewness
+                (BCa: Efron, JASA 82, 1987).
+    p           two-sided sign-flip test: under the null hypothesis two configurations are exchangeable within a
+                dialogue, so each dialogue's summed difference may as well have the other sign
+    p_adjusted  the same, adjusted over a family by the maximum statistic (`max_t`), with simultaneous intervals
+                adjusted_low, adjusted_high
+    equal       confidence interval of level 2 * confidence - 1, the one that two one-sided tests of equality use
+                (Schuirmann 1987)
+    detectable  difference that a two-sided t test at the row's own level (adjusted within a family) finds with 80%
+                power
+
+Two rules give verdicts, everywhere: `differs` and `equivalent`. tests/bench_statistics.py simulates what they promise.
 
     >>> import numpy as np
     >>> full = np.tile([1.0, 0.0, 0.5, 1.0], 20)
     >>> quantized = np.where(np.arange(80) % 3 == 0, full / 2, full)
-    >>> row = paired(full, quantized, clusters=np.repeat(np.arange(20), 4))
-    >>> row["n_dialogues"], round(row["difference"], 3), row["ci_high"] < 0, row["p"] < 0.001
-    (20, -0.109, True, True)
+    >>> row = paired(full, quantized, np.repeat(np.arange(20), 4), confidence=0.95, resamples=10_000, seed=1)
+    >>> row["n_dialogues"], round(row["difference"], 3), differs(row), equivalent(row, 0.015)
+    (20, -0.109, 'below', False)
 
 Nothing here reads or writes files. Wrong shapes and missing numbers raise StudyError.
 """
 
 import functools
 import itertools
+import math
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
+from statsmodels.stats.power import TTestPower
 
 from helpers import StudyError
 
-MIN_DIALOGUES = 10  # below this no interval is credible, and a permutation test has little to permute
+MIN_DIALOGUES = 10  # below this no interval keeps its level (bench_statistics)
 MIN_NONZERO = 5  # dialogues that say anything; with fewer, a resample often holds none of them
-RESAMPLES = 10_000
-SEED = 1234
-RANKED_AT_A_TIME = 64  # resamples, so that 8,000 questions stay in a processor's cache
-MEASURES = ("n_questions", "n_dialogues", "mean_a", "mean_b", "difference", "ci_low", "ci_high", "p", "detectable")
+POWER = 0.8  # of detectable and needed
+SLACK = 1e-9  # relative: the same sum in another order differs in its last digits, and a tie counts as extreme
 
 
-def _array(values, what: str, n: int | None = None) -> np.ndarray:
+def number_array(values, what: str, n: int | None = None) -> np.ndarray:
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or array.size == 0:
         raise StudyError(f"{what}: expected one number per question, found an array of shape {array.shape}")
     if n is not None and array.size != n:
         raise StudyError(f"{what}: {array.size} numbers for {n} questions; compare runs of the same questions")
-    if not np.isfinite(array).all():
-        raise StudyError(
-            f"{what}: {np.count_nonzero(~np.isfinite(array))} of {array.size} numbers are missing or not finite"
-        )
+    if missing := np.count_nonzero(~np.isfinite(array)):
+        raise StudyError(f"{what}: {missing} of {array.size} numbers are missing or not finite; evaluate those first")
     return array
 
 
-def _groups(clusters, n: int) -> tuple[np.ndarray, int]:
+def dialogue_index(clusters, n: int) -> tuple[np.ndarray, int]:
     """Dialogue of each question as 0 .. G-1, and G."""
     ids = np.asarray(clusters)
     if ids.shape != (n,):
@@ -63,24 +67,19 @@ def _groups(clusters, n: int) -> tuple[np.ndarray, int]:
     return index, len(names)
 
 
-def _weights(weights, n: int) -> np.ndarray:
-    if weights is None:
-        return np.ones(n)
-    array = _array(weights, "weights", n)
-    if (array < 0).any() or array.sum() == 0:
-        raise StudyError("weights: expected numbers of at least 0 that are not all 0")
-    return array
-
-
-def _totals(columns: np.ndarray, weights: np.ndarray, index: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+def totals(columns: np.ndarray, clusters, weights=None) -> tuple[np.ndarray, np.ndarray]:
     """Per dialogue: weighted sums (G, k) of `columns` (n, k), and sums of the weights (G, 1)."""
-    sums = np.stack([np.bincount(index, weights * column, minlength=groups) for column in columns.T], axis=1)
-    return sums, np.bincount(index, weights, minlength=groups)[:, None]
+    index, groups = dialogue_index(clusters, len(columns))
+    w = np.ones(len(columns)) if weights is None else number_array(weights, "weights", len(columns))
+    if (w < 0).any() or w.sum() == 0:
+        raise StudyError("weights: expected numbers of at least 0 that are not all 0")
+    sums = np.stack([np.bincount(index, w * column, minlength=groups) for column in columns.T], axis=1)
+    return sums, np.bincount(index, w, minlength=groups)[:, None]
 
 
 @functools.lru_cache(maxsize=2)
 def resample_counts(groups: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each dialogue is in each resample (resamples, G). All comparisons share it: a resample is then one row of a matmul."""
+    """How often each dialogue is in each resample (resamples, G). All comparisons share it."""
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(float)
     counts.flags.writeable = False
@@ -89,7 +88,8 @@ def resample_counts(groups: int, resamples: int, seed: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _signs(groups: int, resamples: int, seed: int) -> np.ndarray:
-    """Signs of each dialogue's difference (2^G or resamples, G): every pattern where that is no more than `resamples`."""
+    """Signs of each dialogue's difference (2^G or resamples, G): every pattern where that is no more than
+    `resamples`."""
     if 2**groups <= resamples:
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=groups)))
     else:
@@ -98,25 +98,25 @@ def _signs(groups: int, resamples: int, seed: int) -> np.ndarray:
     return signs
 
 
-def _tails(groups: int, confidence: float, skewness: float = 0.0) -> list[float]:
-    """Probabilities of the resampled ratio at which the interval ends. `skewness`: BCa's acceleration, also its bias correction."""
+def tails(groups: int, confidence: float, skewness: float = 0.0) -> np.ndarray:
+    """Probabilities (2,) of the resampled statistic at which an interval ends. `skewness`: BCa's acceleration, also its
+    bias correction."""
     t = stats.t.ppf((1 + confidence) / 2, groups - 1) * np.sqrt(groups / (groups - 1))
     ends = skewness + np.array([-t, t])
-    return stats.norm.cdf(skewness + ends / (1 - skewness * ends)).tolist()
+    return stats.norm.cdf(skewness + ends / (1 - skewness * ends))
 
 
-def bootstrap_limits(
-    sums: np.ndarray, sizes: np.ndarray, counts: np.ndarray, confidence: float = 0.95, skewed: bool = False
-) -> np.ndarray:
-    """Limits (2, k) of k ratios sum(sums) / sum(sizes) from per-dialogue totals (G, k) and (G, 1 or k), and counts (resamples, G)."""
+def bootstrap_limits(sums, sizes, counts, confidence: float, skewed: bool = False) -> np.ndarray:
+    """Limits (2, k) of k ratios sum(sums) / sum(sizes) from per-dialogue totals (G, k) and (G, 1 or k), and counts
+    (resamples, G)."""
     groups = len(sums)
     ratios = (counts @ sums) / (counts @ sizes)
     if not skewed:
-        return np.quantile(ratios, _tails(groups, confidence), axis=0)
+        return np.quantile(ratios, tails(groups, confidence), axis=0)
     residuals = sums - sums.sum(axis=0) / sizes.sum(axis=0) * sizes
     squares = (residuals**2).sum(axis=0)
     skewness = (residuals**3).sum(axis=0) / np.where(squares > 0, 6 * squares**1.5, 1)
-    return np.stack([np.quantile(r, _tails(groups, confidence, s)) for r, s in zip(ratios.T, skewness)], axis=1)
+    return np.stack([np.quantile(r, tails(groups, confidence, s)) for r, s in zip(ratios.T, skewness)], axis=1)
 
 
 def standard_error(sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -126,28 +126,66 @@ def standard_error(sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.sqrt(groups / (groups - 1) * (residuals**2).sum(axis=0)) / sizes.sum(axis=0)
 
 
-def sign_flip_p(sums: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
-    """Two-sided p (k,) of summed differences per dialogue (G, k): exact where all 2^G sign patterns are no more than `resamples`."""
-    signs = _signs(len(sums), resamples, seed)
-    slack = 1e-9 * np.abs(sums).sum(
-        axis=0
-    )  # sums in another order differ in the last digits, and a tie counts as extreme
-    extreme = (np.abs(signs @ sums) >= np.abs(sums.sum(axis=0)) - slack).sum(axis=0)
-    return extreme / len(signs) if 2 ** len(sums) <= resamples else (1 + extreme) / (1 + len(signs))
+def _share_as_extreme(drawn: np.ndarray, groups: int, observed: np.ndarray) -> np.ndarray:
+    """p (k,) of observed statistics among drawn ones (B,) or (B, k); random patterns count the observed one as drawn
+    too."""
+    exact = len(drawn) == 2**groups
+    drawn = drawn if drawn.ndim == 2 else drawn[:, None]
+    extreme = (drawn >= observed * (1 - SLACK)).sum(axis=0)
+    return extreme / len(drawn) if exact else (1 + extreme) / (1 + len(drawn))
 
 
-def _noncentrality(df: int, alpha: float, power: float) -> float:
-    """Difference over standard error at which a two-sided t test with df degrees of freedom has this power."""
-    critical = stats.t.ppf(1 - alpha / 2, df)
-    if df > 10_000:
-        return float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power))
-    # The lower tail is left out: it adds less than 1e-5 to a power of 80%.
-    return optimize.brentq(
-        lambda d: stats.nct.sf(critical, df, d) - power, 0.1, 1.5 * (critical + stats.t.ppf(power, df))
-    )
+def sign_flip_p(sums: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
+    """Two-sided p (k,) of summed differences per dialogue (G, k): exact where all 2^G sign patterns are no more than
+    `resamples`."""
+    drawn = np.abs(_signs(len(sums), resamples, seed) @ sums)
+    return _share_as_extreme(drawn, len(sums), np.abs(sums.sum(axis=0)))
 
 
-def _why_no_interval(groups: int, nonzero: int, what: str) -> str | None:
+def _unit(columns: np.ndarray) -> np.ndarray:
+    norms = np.sqrt((columns**2).sum(axis=0))
+    return columns / np.where(norms > 0, norms, 1)
+
+
+def max_t(sums: np.ndarray, sizes: np.ndarray, *, confidence: float, resamples: int, seed: int) -> dict:
+    """Joint adjustment of k differences over their family, from per-dialogue totals (G, k) and (G, 1).
+
+    Westfall and Young's single-step maximum (1993). The statistic of a difference d is
+    z(d) = |sum(S - d n)| / sqrt(sum((S - d n)^2)) over the dialogues' sums S and sizes n: a monotone function of
+    Student's t that no sign flip rescales. One matrix of signs flips all k columns at once, which keeps their
+    correlation. Two reference distributions of the maximum over k: the sums themselves flipped (exact if no
+    configuration differs) and their residuals flipped (keeps the level of the others where some do differ).
+    p_adjusted is the larger p of the two, and the critical value the larger one. The interval is every d
+    with z(d) <= critical, a quadratic in d: it excludes 0 exactly if p_adjusted < 1 - confidence.
+
+    Returns p_adjusted, adjusted_low, adjusted_high (k,) (limits are infinite where dialogues are too few or too
+    unequal), and level: the two-sided level of a single t test that is as strict.
+    """
+    groups = len(sums)
+    signs = _signs(groups, resamples, seed)
+    observed = np.abs(_unit(sums).sum(axis=0))
+    residuals = sums - sums.sum(axis=0) / sizes.sum() * sizes
+    drawn = [np.abs(signs @ _unit(columns)).max(axis=1) for columns in (sums, residuals)]
+    p = np.maximum(*(_share_as_extreme(d, groups, observed) for d in drawn))
+    extra = 0 if len(signs) == 2**groups else 1
+    # the fewest drawn maxima at least as extreme for which p is no less than 1 - confidence, in the same arithmetic
+    rank = max(0, math.floor((1 - confidence) * len(signs)) - 2)
+    while (extra + rank) / (extra + len(signs)) < 1 - confidence:
+        rank += 1
+    critical = max(np.sort(d)[-rank] for d in drawn) * (1 + SLACK) if rank >= 1 else math.inf
+    c2, total, n = critical**2, sums.sum(axis=0), sizes.sum()
+    a = n**2 - c2 * (sizes**2).sum()
+    if not np.isfinite(a) or a <= 0 or c2 >= groups:
+        unbounded = np.full(len(total), math.inf)
+        return {"p_adjusted": p, "adjusted_low": -unbounded, "adjusted_high": unbounded, "level": 0.0}
+    b = total * n - c2 * (sums * sizes).sum(axis=0)
+    root = np.sqrt(np.maximum(0, b**2 - a * (total**2 - c2 * (sums**2).sum(axis=0))))
+    t = critical * math.sqrt((groups - 1) / (groups - c2))
+    level = float(2 * stats.t.sf(t, groups - 1))
+    return {"p_adjusted": p, "adjusted_low": (b - root) / a, "adjusted_high": (b + root) / a, "level": level}
+
+
+def why_no_interval(groups: int, nonzero: int, what: str) -> str | None:
     if groups < MIN_DIALOGUES:
         return f"no interval: {groups} dialogues are fewer than {MIN_DIALOGUES}"
     if nonzero < MIN_NONZERO:
@@ -155,259 +193,181 @@ def _why_no_interval(groups: int, nonzero: int, what: str) -> str | None:
     return None
 
 
-def _compare(differences, means_a, means_b, weights, index, groups, confidence, resamples, seed) -> list[dict]:
-    """One row per column of differences (n, k)."""
-    sums, sizes = _totals(differences, weights, index, groups)
-    enough = groups >= MIN_DIALOGUES
+def _detectable(error: float, groups: int, level: float) -> float:
+    if level == 0:
+        return math.inf
+    return error * math.sqrt(groups) * TTestPower().solve_power(nobs=groups, alpha=level, power=POWER)
+
+
+def compare(
+    columns, clusters, pairs, family=False, weights=None, *, confidence: float, resamples: int, seed: int
+) -> list[dict]:
+    """A row for each pair (a, b) of columns (mapping or DataFrame of arrays (n,) over the same questions): b minus a.
+
+    Rows have a, b, n_questions, n_dialogues, mean_a, mean_b, difference, standard_error, ci_low, ci_high, equal_low,
+    equal_high, p, p_adjusted, adjusted_low, adjusted_high, detectable (all in the unit of the values), level (of a
+    single test), confidence, family ("primary" or "exploratory") and reason (why there is no interval, else None).
+    family: the pairs were named in advance and are adjusted together (`max_t`); otherwise each row stands alone,
+    p_adjusted and its interval are None. Raises StudyError if the arrays don't match or hold a missing number.
+    """
+    if not pairs:
+        return []
+    n = len(np.asarray(clusters))
+    arrays = {name: number_array(columns[name], str(name), n) for name in dict.fromkeys(itertools.chain(*pairs))}
+    sums, sizes = totals(np.stack([arrays[b] - arrays[a] for a, b in pairs], axis=1), clusters, weights)
+    groups, enough = len(sums), len(sums) >= MIN_DIALOGUES
+    options = {"resamples": resamples, "seed": seed}
     if enough:
-        limits = bootstrap_limits(sums, sizes, resample_counts(groups, resamples, seed), confidence)
-        p = sign_flip_p(sums, resamples, seed)
-        detectable = _noncentrality(groups - 1, 0.05, 0.8) * standard_error(sums, sizes)
+        ratios = (resample_counts(groups, **options) @ sums) / (resample_counts(groups, **options) @ sizes)
+        ci, equal = (np.quantile(ratios, tails(groups, c), axis=0) for c in (confidence, 2 * confidence - 1))
+        p, errors = sign_flip_p(sums, **options), standard_error(sums, sizes)
+        joint = max_t(sums, sizes, confidence=confidence, **options) if family else {"level": 1 - confidence}
     rows = []
-    for k, difference in enumerate(sums.sum(axis=0) / sizes.sum()):
-        reason = _why_no_interval(groups, np.count_nonzero(sums[:, k]), "differ")
+    for k, (a, b) in enumerate(pairs):
+        reason = why_no_interval(groups, np.count_nonzero(sums[:, k]), "differ")
+        known = {} if reason else {
+            "standard_error": errors[k], "ci_low": ci[0, k], "ci_high": ci[1, k], "equal_low": equal[0, k],
+            "equal_high": equal[1, k], "detectable": _detectable(errors[k], groups, joint["level"]),
+            **{key: joint[key][k] for key in ("p_adjusted", "adjusted_low", "adjusted_high") if family},
+        }  # fmt: skip
         rows.append(
-            {
-                "n_questions": len(differences),
-                "n_dialogues": groups,
-                "mean_a": float(means_a[k]),
-                "mean_b": float(means_b[k]),
-                "difference": float(difference),
-                "ci_low": None if reason else float(limits[0, k]),
-                "ci_high": None if reason else float(limits[1, k]),
-                "p": float(p[k]) if enough else None,
-                "detectable": None if reason else float(detectable[k]),
-                "reason": reason,
-            }
+            {"a": a, "b": b, "n_questions": n, "n_dialogues": groups}
+            | {f"mean_{side}": float(np.average(arrays[x], weights=weights)) for side, x in (("a", a), ("b", b))}
+            | {"difference": float(sums[:, k].sum() / sizes.sum())}
+            | {key: float(known[key]) if key in known else None for key in LIMITS}
+            | {"p": float(p[k]) if enough else None, "level": joint["level"] if enough else None}
+            | {"confidence": confidence, "family": "primary" if family else "exploratory", "reason": reason}
         )
     return rows
 
 
-def paired(
-    values_a, values_b, clusters, weights=None, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = SEED
-) -> dict:
-    """Mean of b minus mean of a over the same questions.
+LIMITS = (
+    "standard_error",
+    "ci_low",
+    "ci_high",
+    "equal_low",
+    "equal_high",
+    "p_adjusted",
+    "adjusted_low",
+    "adjusted_high",
+    "detectable",
+)
 
-    Returns n_questions, n_dialogues, mean_a, mean_b, difference, ci_low, ci_high, p, detectable (all in the unit of the values) and
-    reason: why there is no interval, else none. Raises StudyError if the arrays don't match or hold a missing number.
+
+def paired(values_a, values_b, clusters, weights=None, *, confidence: float, resamples: int, seed: int) -> dict:
+    """`compare` of one pair, named a and b, on its own."""
+    a = number_array(values_a, "values_a")
+    columns = {"a": a, "b": number_array(values_b, "values_b", a.size)}
+    dialogue_index(clusters, a.size)
+    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    return compare(columns, clusters, [("a", "b")], False, weights, **options)[0]
+
+
+def differs(row) -> str | None:
+    """The one rule for "differs", in tables, figures and claims: "below", "above" (b against a), or None.
+
+    A primary row: p_adjusted < 1 - confidence, which is the same as: the simultaneous interval excludes 0 (`max_t`
+    makes them agree). An exploratory row has no adjustment: its own interval excludes 0, and whoever shows it says that
+    it is exploratory.
     """
-    a = _array(values_a, "values_a")
-    b = _array(values_b, "values_b", a.size)
-    index, groups = _groups(clusters, a.size)
-    w = _weights(weights, a.size)
-    means = [np.average(a, weights=w)], [np.average(b, weights=w)]
-    return _compare((b - a)[:, None], *means, w, index, groups, confidence, resamples, seed)[0]
+    if row["ci_low"] is None or row["ci_low"] != row["ci_low"]:  # a DataFrame turns None into NaN
+        return None
+    if row["family"] == "primary":
+        clear = row["p_adjusted"] < 1 - row["confidence"]
+    else:
+        clear = row["ci_low"] > 0 or row["ci_high"] < 0
+    return ("above" if row["difference"] > 0 else "below") if clear else None
 
 
-def log_ppl_ratio(nll_a, nll_b, tokens, clusters, **options) -> dict:
+def equivalent(row, margin: float) -> bool:
+    """Two one-sided tests: does the interval of level 2 * confidence - 1 lie within the margin on either side of 0?"""
+    low, high = row["equal_low"], row["equal_high"]
+    return low is not None and bool(-margin < low and high < margin)
+
+
+def verdict(row, margin: float) -> str:
+    """ "below", "above", "equal within M points" (margin is in [0, 1]) or "n too small to say"; a difference comes
+    before equality."""
+    return differs(row) or (
+        f"equal within {100 * margin:g} points" if equivalent(row, margin) else "n too small to say"
+    )
+
+
+def needed(row) -> dict:
+    """How many dialogues like these a t test at the row's level needs for 80% power, if the difference is the estimated
+    one.
+
+    Returns n_dialogues, and fewest and most: the same for the interval's far and near end (infinite if the interval
+    holds 0). None, with the reason, where the row of `compare` has no interval.
+    """
+    if row["reason"]:
+        return {
+            "n_dialogues": None,
+            "fewest": None,
+            "most": None,
+            "reason": row["reason"].replace("interval", "estimate"),
+        }
+    spread = row["standard_error"] * math.sqrt(row["n_dialogues"])
+    ends = sorted((abs(row["ci_low"]), abs(row["ci_high"])))
+    near = 0.0 if row["ci_low"] <= 0 <= row["ci_high"] else ends[0]
+    found = {"n_dialogues": abs(row["difference"]), "fewest": ends[1], "most": near}
+    return {key: sample_size(d, spread, row["level"]) for key, d in found.items()} | {"reason": None}
+
+
+def sample_size(difference: float, spread: float, level: float) -> float:
+    """Dialogues (a whole number, or infinity) for a paired t test."""
+    if difference == 0 or level == 0:
+        return math.inf
+    effect = difference / spread
+    if effect < 0.01:  # Student's t is normal at such numbers, and the solver loses its way
+        return math.ceil(((stats.norm.isf(level / 2) + stats.norm.ppf(POWER)) / effect) ** 2)
+    low, high = 2, 3
+    while TTestPower().power(effect, high, level) < POWER:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if TTestPower().power(effect, middle, level) >= POWER else (middle, high)
+    return high
+
+
+def log_ppl_ratio(nll_a, nll_b, tokens, clusters, *, confidence: float, resamples: int, seed: int) -> dict:
     """ln(PPL_b / PPL_a) from each text's summed negative log-likelihood (nats) and its number of scored tokens.
 
-    `paired` per token, so difference = ln(PPL_b / PPL_a) and mean_a, mean_b are nats per token; besides ppl_a, ppl_b, ppl_ratio,
-    ppl_ratio_low and ppl_ratio_high (none where there is no interval).
+    `paired` per token, so difference = ln(PPL_b / PPL_a) and mean_a, mean_b are nats per token; besides ppl_a, ppl_b,
+    ppl_ratio, ppl_ratio_low and ppl_ratio_high (None where there is no interval).
     """
-    n = _array(tokens, "tokens")
+    n = number_array(tokens, "tokens")
     if (n <= 0).any():
         raise StudyError("tokens: every text needs at least one scored token; leave out the empty ones")
-    row = paired(_array(nll_a, "nll_a", n.size) / n, _array(nll_b, "nll_b", n.size) / n, clusters, weights=n, **options)
-
-    def exp(key):
-        return None if row[key] is None else float(np.exp(row[key]))
-
-    ppl = {"ppl_a": exp("mean_a"), "ppl_b": exp("mean_b"), "ppl_ratio": exp("difference")}
-    return row | ppl | {"ppl_ratio_low": exp("ci_low"), "ppl_ratio_high": exp("ci_high")}
+    a, b = number_array(nll_a, "nll_a", n.size) / n, number_array(nll_b, "nll_b", n.size) / n
+    row = paired(a, b, clusters, weights=n, confidence=confidence, resamples=resamples, seed=seed)
+    named = {"ppl_a": "mean_a", "ppl_b": "mean_b", "ppl_ratio": "difference"}
+    named |= {"ppl_ratio_low": "ci_low", "ppl_ratio_high": "ci_high"}
+    return row | {key: None if row[of] is None else math.exp(row[of]) for key, of in named.items()}
 
 
-def interval(
-    values, clusters, weights=None, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = SEED
-) -> dict:
-    """One configuration's mean: n_questions, n_dialogues, mean, ci_low, ci_high, reason."""
-    v = _array(values, "values")
-    index, groups = _groups(clusters, v.size)
-    w = _weights(weights, v.size)
-    sums, sizes = _totals(v[:, None], w, index, groups)
-    reason = _why_no_interval(groups, np.count_nonzero(sums), "are not zero")
+def interval(values, clusters, weights=None, *, confidence: float, resamples: int, seed: int) -> dict:
+    """One configuration's mean: n_questions, n_dialogues, mean, standard_error (clustered), question_error (as if
+    questions were independent), design_effect (the square of their ratio), ci_low, ci_high, reason."""
+    v = number_array(values, "values")
+    sums, sizes = totals(v[:, None], clusters, weights)
+    groups, reason = len(sums), why_no_interval(len(sums), np.count_nonzero(sums), "are not zero")
+    w = np.ones(v.size) if weights is None else np.asarray(weights, dtype=float)
+    errors = [None, None]
+    if groups > 1:
+        errors = [float(standard_error(*pair)[0]) for pair in ((sums, sizes), ((w * v)[:, None], w[:, None]))]
     low, high = None, None
     if not reason:
-        low, high = bootstrap_limits(sums, sizes, resample_counts(groups, resamples, seed), confidence, skewed=True)[
-            :, 0
-        ].tolist()
-    mean = float(np.average(v, weights=w))
+        counts = resample_counts(groups, resamples, seed)
+        low, high = bootstrap_limits(sums, sizes, counts, confidence, skewed=True)[:, 0].tolist()
     return {
         "n_questions": v.size,
         "n_dialogues": groups,
-        "mean": mean,
+        "mean": float(np.average(v, weights=w)),
+        "standard_error": errors[0],
+        "question_error": errors[1],
+        "design_effect": (errors[0] / errors[1]) ** 2 if errors[1] else None,
         "ci_low": low,
         "ci_high": high,
         "reason": reason,
     }
-
-
-def needed(
-    values_a, values_b, clusters, difference: float, weights=None, alpha: float = 0.05, power: float = 0.8
-) -> dict:
-    """How many dialogues like these a two-sided t test would need to find `difference` (in the unit of the values) with this power.
-
-    Returns difference, n_dialogues, n_questions (none, with reason, below 10 dialogues or 5 that differ).
-    """
-    a = _array(values_a, "values_a")
-    b = _array(values_b, "values_b", a.size)
-    if difference == 0:
-        raise StudyError(
-            "difference: 0 cannot be found with any number of dialogues; give the smallest one that matters"
-        )
-    index, groups = _groups(clusters, a.size)
-    sums, sizes = _totals((b - a)[:, None], _weights(weights, a.size), index, groups)
-    reason = _why_no_interval(groups, np.count_nonzero(sums), "differ")
-    if reason:
-        return {
-            "difference": difference,
-            "n_dialogues": None,
-            "n_questions": None,
-            "reason": reason.replace("interval", "estimate"),
-        }
-    spread = float(standard_error(sums, sizes)[0]) * np.sqrt(groups)
-
-    def enough(n: int) -> bool:
-        return _noncentrality(n - 1, alpha, power) * spread / np.sqrt(n) <= abs(difference)
-
-    high = 3
-    while not enough(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if middle > 2 and enough(middle) else (middle, high)
-    return {
-        "difference": difference,
-        "n_dialogues": high,
-        "n_questions": int(np.ceil(high * a.size / groups)),
-        "reason": None,
-    }
-
-
-def holm(p_values) -> np.ndarray:
-    """Holm's step-down adjustment (Holm 1979) of p values (m,), in their order."""
-    p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1)))
-    return adjusted
-
-
-def adjust(rows: list[dict]) -> list[dict]:
-    """Rows with p_holm: p adjusted over all rows that have a p, as one family. Join the rows of several calls first."""
-    tested = [row for row in rows if row.get("p") is not None]
-    adjusted = dict(zip((id(row) for row in tested), holm([row["p"] for row in tested]).tolist()))
-    return [row | {"p_holm": adjusted.get(id(row))} for row in rows]
-
-
-def compare_all(
-    table: dict,
-    clusters,
-    metrics: list[str],
-    weights: dict | None = None,
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = SEED,
-) -> list[dict]:
-    """Every pair of configurations on every metric, Holm-adjusted as one family.
-
-    table[configuration][metric] is an array over the same questions (n,); pairs are in the table's order. weights[metric] (n,) where a
-    metric has some. Returns rows of metric, a, b, the keys of `paired` and p_holm. A pair of which one side was not measured has a row of
-    None with the reason.
-    """
-    pairs = list(itertools.combinations(table, 2))
-    n = len(np.asarray(clusters))
-    index, groups = _groups(clusters, n)
-    rows = []
-    for metric in metrics:
-        columns = {
-            name: _array(t[metric], f"{name}, {metric}", n) for name, t in table.items() if t.get(metric) is not None
-        }
-        w = _weights((weights or {}).get(metric), n)
-        measured = [(a, b) for a, b in pairs if a in columns and b in columns]
-        done = {}
-        if measured:
-            mean = {name: float(np.average(column, weights=w)) for name, column in columns.items()}
-            differences = np.stack([columns[b] - columns[a] for a, b in measured], axis=1)
-            sides = [mean[a] for a, _ in measured], [mean[b] for _, b in measured]
-            done = dict(zip(measured, _compare(differences, *sides, w, index, groups, confidence, resamples, seed)))
-        for a, b in pairs:
-            missing = " and ".join(name for name in (a, b) if name not in columns)
-            empty = dict.fromkeys(MEASURES) | {"reason": f"{metric} was not measured for {missing}"}
-            rows.append({"metric": metric, "a": a, "b": b} | done.get((a, b), empty))
-    return adjust(rows)
-
-
-def intervals_all(table: dict, clusters, metrics: list[str], weights: dict | None = None, **options) -> list[dict]:
-    """`interval` of every configuration and metric that was measured: rows of metric, configuration and its keys."""
-    return [
-        {"metric": metric, "configuration": name}
-        | interval(columns[metric], clusters, (weights or {}).get(metric), **options)
-        for metric in metrics
-        for name, columns in table.items()
-        if columns.get(metric) is not None
-    ]
-
-
-def _ranking(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Order that sorts the values (n,), where each run of equal values starts in it, and each value's run (n,)."""
-    order = np.argsort(values, kind="stable")
-    new = np.r_[True, np.diff(values[order]) > 0]
-    run = np.empty(len(values), dtype=int)
-    run[order] = np.cumsum(new) - 1
-    return order, np.flatnonzero(new), run
-
-
-def _centred_midranks(ranking, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mid-ranks minus their mean (n, R), and their sum of squares (R,), in resamples that hold question i counts[i, r] times."""
-    order, starts, run = ranking
-    runs = np.add.reduceat(counts[order], starts, axis=0)
-    middle = np.cumsum(runs, axis=0) - runs / 2 - counts.sum(axis=0) / 2
-    return middle[run], (runs * middle**2).sum(axis=0)
-
-
-def _spearman(ranking_x, ranking_y, counts: np.ndarray) -> np.ndarray:
-    """Spearman's rho (R,) of the resamples; nan where x or y does not vary."""
-    x, xx = _centred_midranks(ranking_x, counts)
-    y, yy = _centred_midranks(ranking_y, counts)
-    varies = (xx > 1e-9) & (yy > 1e-9)
-    return np.where(varies, np.einsum("nr,nr,nr->r", counts, x, y) / np.sqrt(np.where(varies, xx * yy, 1)), np.nan)
-
-
-def correlation(x, y, clusters, confidence: float = 0.95, resamples: int = 2_000, seed: int = SEED) -> dict:
-    """Spearman's rank correlation with a cluster-bootstrap interval, ties at mid-ranks in every resample.
-
-    Returns n_questions, n_dialogues, rho, ci_low, ci_high, undefined_resamples (in which x or y did not vary; left out), reason.
-    """
-    x = _array(x, "x")
-    y = _array(y, "y", x.size)
-    index, groups = _groups(clusters, x.size)
-    row = {
-        "n_questions": x.size,
-        "n_dialogues": groups,
-        "rho": None,
-        "ci_low": None,
-        "ci_high": None,
-        "undefined_resamples": 0,
-    }
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return row | {
-            "reason": f"no correlation: {'x' if np.ptp(x) == 0 else 'y'} is the same for all {x.size} questions"
-        }
-    rankings = _ranking(x), _ranking(y)
-    row["rho"] = float(_spearman(*rankings, np.ones((x.size, 1)))[0])
-    reason = _why_no_interval(groups, groups, "")
-    if reason:
-        return row | {"reason": reason}
-    counts = resample_counts(groups, resamples, seed).T
-    parts = range(0, resamples, RANKED_AT_A_TIME)
-    drawn = np.concatenate([_spearman(*rankings, counts[:, i : i + RANKED_AT_A_TIME][index]) for i in parts])
-    defined = drawn[np.isfinite(drawn)]
-    row["undefined_resamples"] = int(resamples - defined.size)
-    if defined.size < 0.95 * resamples:
-        return row | {
-            "reason": f"no interval: x or y does not vary in {row['undefined_resamples']} of {resamples} resamples"
-        }
-    row["ci_low"], row["ci_high"] = np.quantile(defined, _tails(groups, confidence)).tolist()
-    return row | {"reason": None}

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from helpers import StudyError, statistics
+from helpers import StudyError, params, statistics
 from helpers.fidelity import compare as fidelity
 from helpers.fidelity import formats as weights
 from helpers.fidelity.compare import Text
@@ -71,7 +71,7 @@ def measure(
     texts: list[Text],
     seeds: list[int],
     score: Callable | None = None,
-    seed: int = statistics.SEED,
+    seed: int = 1234,
     progress=None,
 ) -> dict:
     """Perplexity, and F1 where it can be scored, of full precision, of NF4's weights and of full precision plus noise of NF4's size.
@@ -144,12 +144,17 @@ def _ppl(sums: list[tuple[float, int]]) -> float:
     return float(np.exp(sum(s for s, _ in sums) / sum(n for _, n in sums)))
 
 
+def _options(seed: int) -> dict:
+    standard = params.Statistics()
+    return {"confidence": standard.confidence, "resamples": standard.resamples, "seed": seed}
+
+
 def _compared(base, nll, texts: list[Text], seed: int) -> dict:
     tokens = np.array([n for _, n in base])
     sides = (np.array([s for s, _ in side]) for side in (base, nll))
     return {
         "ppl": _ppl(nll),
-        "log_ppl_ratio": statistics.log_ppl_ratio(*sides, tokens, np.array([t.id for t in texts]), seed=seed),
+        "log_ppl_ratio": statistics.log_ppl_ratio(*sides, tokens, np.array([t.id for t in texts]), **_options(seed)),
     }
 
 
@@ -160,4 +165,4 @@ def _f1_row(base, other, seed: int) -> dict | None:
         raise StudyError(
             "score: the perturbed model was asked other questions than full precision; score the same ones every time"
         )
-    return statistics.paired(base[0], other[0], np.array(base[1]), seed=seed)
+    return statistics.paired(base[0], other[0], np.array(base[1]), **_options(seed))

@@ -16,8 +16,6 @@ its caller (params.Statistics) as keyword arguments.
                 adjusted_low, adjusted_high
     equal       confidence interval of level 2 * confidence - 1, the one that two one-sided tests of equality use
                 (Schuirmann 1987)
-    detectable  difference that a two-sided t test at the row's own level (adjusted within a family) finds with 80%
-                power
 
 Two rules give verdicts, everywhere: `differs` and `equivalent`. tests/bench_statistics.py simulates what they promise.
 
@@ -37,13 +35,11 @@ import math
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.power import TTestPower
 
 from helpers import StudyError
 
 MIN_DIALOGUES = 10  # below this no interval keeps its level (bench_statistics)
 MIN_NONZERO = 5  # dialogues that say anything; with fewer, a resample often holds none of them
-POWER = 0.8  # of detectable and needed
 SLACK = 1e-9  # relative: the same sum in another order differs in its last digits, and a tie counts as extreme
 
 
@@ -193,22 +189,16 @@ def why_no_interval(groups: int, nonzero: int, what: str) -> str | None:
     return None
 
 
-def _detectable(error: float, groups: int, level: float) -> float:
-    if level == 0:
-        return math.inf
-    return error * math.sqrt(groups) * TTestPower().solve_power(nobs=groups, alpha=level, power=POWER)
-
-
 def compare(
     columns, clusters, pairs, family=False, weights=None, *, confidence: float, resamples: int, seed: int
 ) -> list[dict]:
     """A row for each pair (a, b) of columns (mapping or DataFrame of arrays (n,) over the same questions): b minus a.
 
     Rows have a, b, n_questions, n_dialogues, mean_a, mean_b, difference, standard_error, ci_low, ci_high, equal_low,
-    equal_high, p, p_adjusted, adjusted_low, adjusted_high, detectable (all in the unit of the values), level (of a
-    single test), confidence, family ("primary" or "exploratory") and reason (why there is no interval, else None).
-    family: the pairs were named in advance and are adjusted together (`max_t`); otherwise each row stands alone,
-    p_adjusted and its interval are None. Raises StudyError if the arrays don't match or hold a missing number.
+    equal_high, p, p_adjusted, adjusted_low, adjusted_high, level (of a single t test as strict as the row's),
+    confidence, family ("primary" or "exploratory") and reason (why there is no interval, else None). family: the pairs
+    were named in advance and are adjusted together (`max_t`); otherwise each row stands alone, p_adjusted and its
+    interval are None. Raises StudyError if the arrays don't match or hold a missing number.
     """
     if not pairs:
         return []
@@ -227,7 +217,7 @@ def compare(
         reason = why_no_interval(groups, np.count_nonzero(sums[:, k]), "differ")
         known = {} if reason else {
             "standard_error": errors[k], "ci_low": ci[0, k], "ci_high": ci[1, k], "equal_low": equal[0, k],
-            "equal_high": equal[1, k], "detectable": _detectable(errors[k], groups, joint["level"]),
+            "equal_high": equal[1, k],
             **{key: joint[key][k] for key in ("p_adjusted", "adjusted_low", "adjusted_high") if family},
         }  # fmt: skip
         rows.append(
@@ -250,7 +240,6 @@ LIMITS = (
     "p_adjusted",
     "adjusted_low",
     "adjusted_high",
-    "detectable",
 )
 
 
@@ -291,43 +280,6 @@ def verdict(row, margin: float) -> str:
     return differs(row) or (
         f"equal within {100 * margin:g} points" if equivalent(row, margin) else "n too small to say"
     )
-
-
-def needed(row) -> dict:
-    """How many dialogues like these a t test at the row's level needs for 80% power, if the difference is the estimated
-    one.
-
-    Returns n_dialogues, and fewest and most: the same for the interval's far and near end (infinite if the interval
-    holds 0). None, with the reason, where the row of `compare` has no interval.
-    """
-    if row["reason"]:
-        return {
-            "n_dialogues": None,
-            "fewest": None,
-            "most": None,
-            "reason": row["reason"].replace("interval", "estimate"),
-        }
-    spread = row["standard_error"] * math.sqrt(row["n_dialogues"])
-    ends = sorted((abs(row["ci_low"]), abs(row["ci_high"])))
-    near = 0.0 if row["ci_low"] <= 0 <= row["ci_high"] else ends[0]
-    found = {"n_dialogues": abs(row["difference"]), "fewest": ends[1], "most": near}
-    return {key: sample_size(d, spread, row["level"]) for key, d in found.items()} | {"reason": None}
-
-
-def sample_size(difference: float, spread: float, level: float) -> float:
-    """Dialogues (a whole number, or infinity) for a paired t test."""
-    if difference == 0 or level == 0:
-        return math.inf
-    effect = difference / spread
-    if effect < 0.01:  # Student's t is normal at such numbers, and the solver loses its way
-        return math.ceil(((stats.norm.isf(level / 2) + stats.norm.ppf(POWER)) / effect) ** 2)
-    low, high = 2, 3
-    while TTestPower().power(effect, high, level) < POWER:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if TTestPower().power(effect, middle, level) >= POWER else (middle, high)
-    return high
 
 
 def log_ppl_ratio(nll_a, nll_b, tokens, clusters, *, confidence: float, resamples: int, seed: int) -> dict:

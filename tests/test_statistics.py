@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from helpers import StudyError, ranks, statistics
-from helpers.analysis import recovery
+from helpers.analysis import power, recovery
 
 OPTIONS = {"confidence": 0.95, "resamples": 10_000, "seed": 1234}
 
@@ -100,7 +100,7 @@ def test_weights_equal_repeated_questions():
     times = np.random.default_rng(8).integers(1, 4, len(a))
     weighted = paired(a, b, clusters, times)
     repeated = paired(*(np.repeat(x, times) for x in (a, b, clusters)))
-    for key in ("mean_a", "mean_b", "difference", "ci_low", "ci_high", "p", "detectable"):
+    for key in ("mean_a", "mean_b", "difference", "ci_low", "ci_high", "p", "standard_error"):
         assert weighted[key] == pytest.approx(repeated[key]), key
 
 
@@ -172,7 +172,7 @@ def test_an_exploratory_row_is_not_adjusted_and_detects_less_strictly():
     alone = statistics.compare(columns, clusters, pairs, False, **OPTIONS)
     for strict, loose in zip(primary, alone):
         assert loose["p_adjusted"] is None and loose["level"] == pytest.approx(0.05)
-        assert strict["detectable"] > loose["detectable"] and strict["ci_low"] == loose["ci_low"]
+        assert power.detectable(strict) > power.detectable(loose) and strict["ci_low"] == loose["ci_low"]
 
 
 # ---- rules ----
@@ -200,9 +200,9 @@ def test_the_rules_give_one_word(case, words):
 def test_nine_dialogues_give_no_interval_but_the_reason():
     a, b, clusters = study(groups=9)
     found = paired(a, b, clusters)
-    assert found["ci_low"] is found["p"] is found["detectable"] is None
+    assert found["ci_low"] is found["p"] is power.detectable(found) is None
     assert found["reason"] == "no interval: 9 dialogues are fewer than 10"
-    assert statistics.needed(found)["n_dialogues"] is None and "estimate" in statistics.needed(found)["reason"]
+    assert power.needed(found)["n_dialogues"] is None and "estimate" in power.needed(found)["reason"]
     others = statistics.interval(a, clusters, **OPTIONS), ranks.correlation(a, b, clusters, **OPTIONS)
     others += recovery.recovery(a, b, clusters, **OPTIONS), ranks.quantiles(a, clusters, [0.5], **OPTIONS)[0]
     assert all(other["reason"] and other["ci_low"] is None for other in others)
@@ -223,7 +223,7 @@ def test_four_dialogues_that_differ_give_no_interval_and_five_do():
 def test_detectable_is_found_in_four_of_five_studies(groups):
     rng = np.random.default_rng(6)
     d = rng.normal(size=groups)
-    detectable = paired(np.zeros(groups), d, np.arange(groups), resamples=100)["detectable"]
+    detectable = power.detectable(paired(np.zeros(groups), d, np.arange(groups), resamples=100))
     studies = rng.normal(detectable, d.std(ddof=1), size=(20_000, groups))
     assert (stats.ttest_1samp(studies, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.012)
 
@@ -233,7 +233,7 @@ def test_needed_against_the_closed_form_with_its_range():
     found = paired(a, b, clusters)
     sums, sizes = (dialogue_sums(v, clusters)[:, None] for v in (b - a, np.ones(len(a))))
     spread = statistics.standard_error(sums, sizes)[0] * np.sqrt(40)
-    mine = statistics.needed(found)
+    mine = power.needed(found)
     for key, difference in (
         ("n_dialogues", found["difference"]),
         ("fewest", found["ci_low"]),
@@ -242,14 +242,14 @@ def test_needed_against_the_closed_form_with_its_range():
         normal = ((1.959964 + 0.841621) * spread / difference) ** 2
         assert normal < mine[key] < normal + 4, key  # Student's t costs about two more
     assert mine["fewest"] < mine["n_dialogues"] < mine["most"]
-    unclear = statistics.needed(found | {"ci_low": -0.3, "ci_high": 0.01})
+    unclear = power.needed(found | {"ci_low": -0.3, "ci_high": 0.01})
     assert unclear["most"] == math.inf and unclear["n_dialogues"] == mine["n_dialogues"]
-    assert statistics.needed(found | {"level": 0.01})["n_dialogues"] > mine["n_dialogues"]  # a family costs
+    assert power.needed(found | {"level": 0.01})["n_dialogues"] > mine["n_dialogues"]  # a family costs
 
 
 def test_sample_size_of_a_tiny_effect_is_the_normal_one():
-    assert statistics.sample_size(0.005, 1, 0.05) == math.ceil((2.8015852 / 0.005) ** 2)
-    assert statistics.sample_size(0.0101, 1, 0.05) == pytest.approx((2.8015852 / 0.0101) ** 2, rel=1e-3)
+    assert power.sample_size(0.005, 1, 0.05) == math.ceil((2.8015852 / 0.005) ** 2)
+    assert power.sample_size(0.0101, 1, 0.05) == pytest.approx((2.8015852 / 0.0101) ** 2, rel=1e-3)
 
 
 # ---- recovery, gate, flips, pooled ----

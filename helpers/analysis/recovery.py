@@ -10,6 +10,7 @@ from scipy import stats
 from statsmodels.stats.meta_analysis import combine_effects
 
 from helpers import StudyError, statistics
+from helpers.analysis import power
 
 MIN_RATIO = 5  # standard errors between a denominator and zero; nearer, a ratio of means has no useful interval
 
@@ -60,7 +61,7 @@ def gate(
     # a loss of recovery by one point is a loss of 0.01 of a's mean
     room = row["difference"] + min(largest_loss, (1 - least_recovery / 100) * row["mean_a"])
     spread = row["standard_error"] * math.sqrt(row["n_dialogues"])
-    many = statistics.sample_size(room, spread, 2 * (1 - confidence)) if room > 0 else math.inf
+    many = power.sample_size(room, spread, 2 * (1 - confidence)) if room > 0 else math.inf
     return found | {"gate": "pass" if passed else "fail" if failed else "too small", "needed": many, "reason": None}
 
 

@@ -117,6 +117,7 @@ class Statistics(Strict):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     resamples: Positive = 10_000
     redraws: Positive = 10_000  # of the paper's 50-question design
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.015  # F1 and exact match: what counts as equal
 
 
 class Study(Strict):

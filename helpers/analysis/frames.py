@@ -110,6 +110,7 @@ class Frames(NamedTuple):
         if rows.empty:
             return pd.DataFrame()
         table = rows.pivot(index=KEYS, columns="configuration", values=metric)
+        table = table.loc[rows[KEYS].drop_duplicates().itertuples(index=False, name=None)]  # in the data's order
         return table[[name for name in self.configurations.index if name in table]]
 
     def medians(self) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML, display
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from helpers import results
 from helpers.analysis.frames import MODES, Frames
@@ -69,7 +69,8 @@ def look(name: str) -> dict:
 
 @contextlib.contextmanager
 def figure(name: str, f: Frames, rows: int = 1, columns: int = 1, height: float = 4.2, caption: str = "", **options):
-    """Axes to draw on; on leaving, the figure is saved as figures/STUDY/NAME.png and .svg, and shown with its caption.
+    """Axes to draw on; on leaving, the figure is saved as figures/STUDY/NAME.png and .svg, and shown with its
+    caption.
 
     caption: one or two sentences of plain text; the first says what to see, and is the alternative text. Axes that stay
     empty take the figure away again, with a line that says so.
@@ -122,6 +123,19 @@ def forest(axes, table, value: str, low: str, high: str, zero: float | None = No
     axes.grid(False, axis="y")
 
 
+def histogram(axes, row: dict, colour: str) -> None:
+    """Redraws of a difference (a row of redraw.redraw's comparisons), in points; darker where the sign contradicts
+    it."""
+    edges, counts = 100 * np.array(row["histogram"]["edges"]), np.array(row["histogram"]["counts"])
+    centres, share, truth = (edges[1:] + edges[:-1]) / 2, 100 * counts / counts.sum(), 100 * row["difference"]
+    against = centres * truth < 0
+    axes.bar(centres, share, width=np.diff(edges), color=colour, alpha=0.4)
+    axes.bar(centres[against], share[against], width=np.diff(edges)[against], color=colour)
+    axes.axvline(truth, color=DARK, linewidth=1.4, linestyle="--")
+    axes.axvline(0, color=DARK, linewidth=0.8)
+    axes.set_ylabel("redraws (%)")
+
+
 def names(axes, f: Frames, configurations, width: int = 16) -> None:
     """Configurations as the labels of a vertical axis, first on top."""
     labels = [textwrap.fill(f.label(name), width) for name in configurations]
@@ -155,8 +169,11 @@ def plain(value: float, _=None) -> str:
 def log(axis, values=None) -> None:
     """A logarithmic axis with plain numbers, at `values` where given."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    axis.set_major_formatter(FuncFormatter(plain))
     axis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_data_interval()
+    if values is None and low > 0 and high < 20 * low:  # within a decade or so powers of ten would leave no tick
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(plain))
     if values is not None:
         axis.set_ticks(sorted(set(values)))
         axis.set_minor_locator(NullLocator())

@@ -55,7 +55,9 @@ def p_value(value) -> str:
 
 def with_interval(frame: pd.DataFrame, value: str, low: str, high: str, form=points) -> pd.Series:
     """`value [low, high]` as text, row by row."""
-    return frame.apply(lambda row: f"{form(row[value])} {interval(row[low], row[high], form)}".strip(), axis=1)
+    rows = zip(frame[value], frame[low], frame[high])
+    texts = [f"{form(middle)} {interval(lower, upper, form)}".strip() for middle, lower, upper in rows]
+    return pd.Series(texts, index=frame.index, dtype=object)
 
 
 def say(*sentences: str) -> None:

@@ -14,6 +14,7 @@ of another schema is named and refused.
     for name, parts in results.read_all(study).items(): ...
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -22,7 +23,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -158,29 +158,30 @@ def path(study: Study, configuration: Configuration | None, kind: Kind, process:
     return folder(study) / (configuration.configuration if configuration else "") / f"{name}.json"
 
 
-def write_text(target: Path, text: str) -> None:
-    """All of it or nothing: a reader never sees half a file. Raises StudyError on a full disk."""
+@contextlib.contextmanager
+def atomically(target: Path):
+    """A path to write to, which becomes `target` at the end: a reader never sees half a file. Raises StudyError on a full disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = None
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8"
-        ) as file:
-            scratch = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
+        yield scratch
         os.replace(scratch, target)
     except OSError as error:
-        if scratch:
-            Path(scratch).unlink(missing_ok=True)
         what = (
             "the disk is full; free some space"
             if error.errno == errno.ENOSPC
             else f"cannot be written ({error.strerror})"
         )
         raise StudyError(f"{clean(str(target))}: {what}, then run again: what is done is kept") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    with atomically(target) as scratch, open(scratch, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(target: Path, value) -> None:

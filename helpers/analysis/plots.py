@@ -88,6 +88,7 @@ def figure(name: str, f: Frames, rows: int = 1, columns: int = 1, height: float 
                 meta = {"Software": None} if kind == "png" else {"Date": None}
                 with results.atomically(folder / f"{name}.{kind}") as scratch:
                     drawn.savefig(scratch, format=kind, metadata=meta, **extra)
+                drawn.set_layout_engine("none")  # solved once: it takes as long as drawing
             results.write_text(folder / f"{name}.txt", caption + "\n")
             display(HTML(embedded(name, folder, caption)))
         finally:

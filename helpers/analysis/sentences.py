@@ -311,10 +311,20 @@ def perplexities(f: Frames, neighbours: pd.DataFrame) -> list[str]:
     return said + ([f"Not separated by paired intervals: {'; '.join(same)}."] if same else [])
 
 
-def claims(verdicts: pd.DataFrame) -> list[str]:
-    """How many of the paper's claims stand, by kind."""
+def headline(f: Frames, all_turns, last_turns, paper: dict) -> list[str]:
+    """README's lines beside its table."""
+    said = by_chance(f, contrasts.vs_full(f, all_turns), contrasts.vs_full(f, last_turns))
+    pair = all_turns[(all_turns.a == "nf4") & (all_turns.b == "fp4")]
+    return [*(differs(f, row) for _, row in pair.iterrows()), *said, *redraws(f, contrasts.designs(f, paper)[:1])]
+
+
+def claims(*judged: pd.DataFrame) -> list[str]:
+    """How many of the paper's claims stand, by kind; of several runs the first that decides one counts."""
+    rows = pd.concat(judged)
+    rows["open"] = rows.verdict == "cannot be decided"
+    rows = rows.sort_values("open", kind="stable").drop_duplicates("id")
     said = []
-    for kind, rows in verdicts.groupby("kind", sort=False):
-        by = rows.verdict.value_counts()
+    for kind, part in rows.groupby("kind", sort=True):
+        by = part.verdict.value_counts()
         said.append(f"{kind[0].upper()}{kind[1:]}: {', '.join(f'{n} {verdict}' for verdict, n in by.items())}.")
     return said

@@ -75,7 +75,9 @@ def times(measured: dict) -> pd.DataFrame:
                         }
                     )
     head = ["configuration", "process", "phase", "mode", "batch", "tokens", "ms", "q25", "q75", "n"]
-    return table(rows, [*head, *TIME])
+    found = table(rows, [*head, *TIME])
+    found["percent_of_limit"] = 100 * found.limit_ms.astype(float) / found.ms.astype(float)
+    return found
 
 
 def sizes(benchmarks: dict) -> pd.DataFrame:

@@ -1,0 +1,192 @@
+"""The tables that everything reads: from the committed results, and from results that a writer made."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import ROOT, StudyError, params, results
+from helpers.analysis import contrasts, frames, sentences, style
+
+REFERENCE = "executed/reference/h100/smollm2-135m"
+HARDWARE = "executed/reference/h100/llama-3.2-1b-random"
+
+
+@pytest.fixture(scope="session")
+def reference():
+    return frames.load(REFERENCE)
+
+
+@pytest.fixture(scope="session")
+def all_turns(reference):
+    return contrasts.table(reference)
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the committed results, and swap(a, b), which exchanges two configurations' answers."""
+    target = tmp_path / "results"
+    shutil.copytree(ROOT / REFERENCE, target, ignore=shutil.ignore_patterns("*.html", "again", "lm_eval.json"))
+
+    def swap(a: str, b: str) -> None:
+        file = "samples_coqa_turns.jsonl"
+        texts = {name: (target / name / file).read_text() for name in (a, b)}
+        for name, other in ((a, b), (b, a)):
+            path = target / name / "evaluation.json"
+            envelope = json.loads(path.read_text())
+            rows = [json.loads(line) for line in texts[other].split("\n") if line]
+            envelope["data"]["files"][file] = results.write_lines(target / name / file, rows)
+            envelope.pop("sha256", None)
+            envelope["schema_version"] = 1  # as the first round wrote it: without a checksum of its data
+            path.write_text(json.dumps(envelope))
+
+    return target, swap
+
+
+def test_every_column_is_documented(reference):
+    text = frames.__doc__
+    for name, table in reference._asdict().items():
+        if not isinstance(table, pd.DataFrame) or name == "engine":
+            continue
+        entry = re.search(rf"^{name}\s+(.*?)(?=^\w+\s{{2,}}|\Z)", text, re.M | re.S)
+        assert entry, f"{name} is not in the docstring"
+        missing = [c for c in table.columns if not re.search(rf"\b{c}\b", entry[1]) and c not in ("configuration",)]
+        assert not missing, f"{name}: {missing}"
+
+
+def test_a_format_unpacked_to_full_precision_has_no_times_of_its_own(reference):
+    unpacked = reference.configurations.index[reference.configurations.same_kernels]
+    assert list(unpacked) == ["gptq", "awq"]
+    for table in (reference.times, reference.largest, reference.energy, reference.profile):
+        assert not table.configuration.isin(unpacked).any() and table.configuration.isin(["nf4"]).any()
+    assert (
+        reference.sizes.loc[unpacked, "allocated"].isna().all()
+        and reference.sizes.loc[unpacked, "checkpoint"].notna().all()
+    )
+
+
+def test_a_second_process_is_seen(reference):
+    eager = (
+        reference.medians()
+        .query("phase == 'decode' and mode == 'eager' and batch == 1 and configuration == 'nf4'")
+        .iloc[0]
+    )
+    assert eager.processes == 2 and eager.low < eager.ms < eager.high
+    ratio = (
+        reference.ratios()
+        .query("phase == 'decode' and mode == 'eager' and batch == 1 and configuration == 'nf4'")
+        .iloc[0]
+    )
+    assert ratio.ratio_low < 1 < ratio.ratio_high  # 1.98x in one process, 0.89x in the other
+
+
+def test_a_label_says_what_was_computed(reference):
+    assert (
+        reference.label("fp16") == "FP16"
+        and reference.label("nf4") == "NF4"
+        and "Lloyd" in reference.label("lloyd_max")
+    )
+
+
+def test_a_hardware_study_has_empty_tables_and_no_error():
+    f = frames.load(HARDWARE)
+    rows = contrasts.table(f)
+    assert (
+        rows.empty
+        and contrasts.means(f).empty
+        and contrasts.flips(f).empty
+        and contrasts.designs(f, params.read_paper()) == []
+    )
+    assert not f.ratios().empty and contrasts.glance(f, rows, f.ratios()).decode.notna().any()
+    assert sentences.abstract(f, rows, rows, f.ratios(), {"study": "x", "model": "y"})
+
+
+def test_no_torch_is_loaded():
+    code = f"import sys; from helpers.analysis import frames, contrasts, plots, sentences; frames.load('{REFERENCE}'); "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('torch' in sys.modules)"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_a_folder_without_results_is_named(tmp_path):
+    with pytest.raises(StudyError, match="holds no results"):
+        frames.load(str(tmp_path))
+
+
+def test_one_rule_says_what_differs(all_turns):
+    for row in all_turns.itertuples():
+        assert row.differs == (row.low > 0 or row.high < 0) == (row.verdict in ("above", "below"))
+
+
+def test_only_what_was_named_in_advance_is_adjusted(all_turns):
+    primary = all_turns[all_turns.primary]
+    assert len(primary) == 8 and len(all_turns) == 28
+    assert primary.p_adjusted.notna().all() and all_turns[~all_turns.primary].p_adjusted.isna().all()
+
+
+def test_recovery_is_of_the_means(reference, all_turns):
+    nf4 = contrasts.vs_full(reference, all_turns).loc["nf4"]
+    f1 = reference.wide("f1")
+    assert (
+        nf4.recovery == pytest.approx(100 * f1.nf4.mean() / f1.fp16.mean())
+        and nf4.recovery_low < nf4.recovery < nf4.recovery_high
+    )
+
+
+def test_last_turns_are_the_last_of_each_dialogue(reference):
+    last = reference.wide("f1", last_turns=True).reset_index()
+    assert len(last) == 50 and (last.turn == last.dialogue.map(reference.samples.groupby("dialogue").turn.max())).all()
+
+
+def test_right_means_half_of_the_references(reference):
+    assert ((reference.samples.em >= 0.5) == reference.samples.right).all()
+    assert (reference.samples.em == 0.5).any()
+
+
+def test_the_opposite_finding_gives_the_opposite_sentences(reference, all_turns, copied):
+    target, swap = copied
+    swap("fp16", "nf4")
+    f = frames.load(str(target))
+    rows = contrasts.table(f)
+    before, after = (contrasts.vs_full(*pair).loc["nf4"] for pair in ((reference, all_turns), (f, rows)))
+    assert (
+        before.verdict == "below" and after.verdict == "above" and after.difference == pytest.approx(-before.difference)
+    )
+    paper = {"study": "x", "model": "y", "questions": 50, "configurations": {}}
+    said = " ".join(sentences.abstract(f, rows, contrasts.table(f, last_turns=True), f.ratios(), paper))
+    assert "NF4 scores above FP16" in said and "NF4 scores below" not in said
+    assert any("gains accuracy" in text for text in sentences.recommendation(f, rows))
+
+
+def test_neighbours_in_perplexity_are_separated_only_where_the_pairs_say_so(reference):
+    rows = contrasts.perplexities(reference)
+    assert not rows.set_index(["better", "worse"]).separated["gptq", "awq"] and rows.separated.any()
+    assert any("GPTQ and AWQ" in text for text in sentences.perplexities(reference, rows))
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0.0123, "0.0123"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,230"), (0, "0"), (None, "–"), (np.nan, "–")],
+)
+def test_three_digits_whatever_the_size(value, text):
+    assert style.significant(value) == text
+
+
+def test_one_minus_sign_and_no_negative_zero():
+    assert style.points(-0.0251) == "−2.5" and style.points(-0.0001) == "0.0" and style.percent(0.5842) == "58.4%"
+    assert style.interval(None, None) == "" and style.interval(-0.01, 0.02) == "[−1.0, +2.0]"
+
+
+def test_cells_and_sentences_are_escaped(monkeypatch):
+    shown = []
+    monkeypatch.setattr(style, "display", lambda output: shown.append(output.data))
+    style.show(pd.DataFrame({"<b>head</b>": ["<script>alert(1)</script>"]}))
+    style.say("<img src=x onerror=alert(1)>")
+    page = "".join(shown)
+    assert "<script" not in page and "<b>" not in page and "<img" not in page and "&lt;script&gt;" in page

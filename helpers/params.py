@@ -164,6 +164,13 @@ class Int4(Strict):
 
     method: Literal["torchao-int4"]
     group_size: Literal[32, 64, 128, 256] = 128
+    algorithm: Literal["tinygemm", "hqq"] = "tinygemm"  # of a group's scale: its extremes, or HQQ's half-quadratic search
+
+
+class Int8(Strict):
+    """torchao. 8-bit integers, a scale per row, weights only: neither calibrated nor LLM.int8()."""
+
+    method: Literal["torchao-int8"]
 
 
 class Calibration(Strict):
@@ -172,6 +179,7 @@ class Calibration(Strict):
     source: str = "embedded-held-out"  # or EleutherAI/coqa (its train split), a path to a CoQA file, random-tokens
     revision: str | None = None  # hub only
     samples: Positive = 16  # dialogues
+    seed: Annotated[int, Field(ge=0)] = 0  # draws them
     sequence_length: Positive = 512  # tokens of each, at most
 
 
@@ -193,9 +201,18 @@ class AWQ(Strict):
 
 
 Quantization = Annotated[
-    Full | BitsAndBytes4 | BitsAndBytes8 | Float8 | Int4 | GPTQ | AWQ, Field(discriminator="method")
+    Full | BitsAndBytes4 | BitsAndBytes8 | Float8 | Int8 | Int4 | GPTQ | AWQ, Field(discriminator="method")
 ]
-METHOD_NAMES = ("none", "bitsandbytes-4bit", "bitsandbytes-int8", "torchao-float8", "torchao-int4", "gptq", "awq")
+METHOD_NAMES = (
+    "none",
+    "bitsandbytes-4bit",
+    "bitsandbytes-int8",
+    "torchao-float8",
+    "torchao-int8",
+    "torchao-int4",
+    "gptq",
+    "awq",
+)
 
 
 class Configuration(Strict):

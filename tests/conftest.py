@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from helpers import CACHE, ROOT, params
-from helpers.setup import models
+from helpers.setup import calibrated, models
 
 # Two tests that load a model side by side need no more threads than there are cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +23,39 @@ TINY = {
     "repeats": 3,
     "warmup": 1,
 }
+
+
+# Two layers of the embedded model's family.
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+
+
+def configuration(method: str, dtype: str = "auto", **options) -> params.Configuration:
+    return params.Configuration(configuration="c", label="C", dtype=dtype, quantization={"method": method, **options})
+
+
+@pytest.fixture(scope="session")
+def embedded(study) -> Path:
+    """The folder of the embedded model's full-precision weights and tokenizer."""
+    return Path(models.prepare(study))
+
+
+@pytest.fixture
+def tiny(study, tmp_path, monkeypatch) -> params.Study:
+    """A two-layer llama with random weights, an empty cache, and a folder of its own for results."""
+    monkeypatch.setattr(models, "CACHE", tmp_path)
+    monkeypatch.setattr(calibrated, "CACHE", tmp_path)
+    random = params.Model(source="random", name="tiny", architecture=LLAMA)
+    return study.model_copy(update={"model": random, "data": None, "folder": str(tmp_path / "results")})
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +78,9 @@ def load(study):
 
 @pytest.fixture
 def project(tmp_path, study) -> Path:
-    """The project as it stands, without results, with a study `tiny` of four dialogues; the weights' cache is shared."""
+    """The project as it stands, without results, with a study `tiny` of four dialogues; the weights' cache is
+    shared.
+    """
     models.prepare(study)
     root = tmp_path / "project"
     listed = subprocess.run(

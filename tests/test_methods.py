@@ -1,4 +1,6 @@
-"""The registry of quantization methods, calibration that never sees an evaluated dialogue, and the cache of calibrated weights."""
+"""The registry of quantization methods, calibration that never sees an evaluated dialogue, and the cache of
+calibrated weights.
+"""
 
 import json
 from typing import get_args
@@ -7,28 +9,11 @@ import pytest
 import torch
 
 from helpers import NotHere, StudyError, params
-from helpers.setup import calibrated, calibration, coqa, methods, models
+from helpers.setup import calibrated, coqa, methods, models
 from helpers.setup.layers import dequantize, quantized_layers, stored_bytes
+from tests.conftest import configuration
 
-TINY = {
-    "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 128, "tie_word_embeddings": True,
-}  # fmt: skip
 TOKENS = {"source": "random-tokens", "samples": 4, "sequence_length": 32}
-
-
-def configuration(method: str, dtype: str = "auto", **options) -> params.Configuration:
-    return params.Configuration(configuration="c", label="C", dtype=dtype, quantization={"method": method, **options})
-
-
-@pytest.fixture
-def tiny(study, tmp_path, monkeypatch) -> params.Study:
-    """A two-layer llama with random weights, and an empty cache."""
-    monkeypatch.setattr(models, "CACHE", tmp_path)
-    monkeypatch.setattr(calibrated, "CACHE", tmp_path)
-    return study.model_copy(
-        update={"model": params.Model(source="random", name="tiny", architecture=TINY), "data": None}
-    )
 
 
 def without(monkeypatch, *packages: str) -> None:
@@ -51,7 +36,7 @@ def test_every_method_of_the_schema_has_an_entry():
 
 def test_shipped_configurations_cover_every_method():
     used = {
-        params.read_configuration("smollm2-135m", c).quantization.method for c in params.configurations("smollm2-135m")
+        params.read_configuration("smollm2-135m", p.stem).quantization.method for p in params.FORMATS.glob("*.yaml")
     }
     assert used == set(methods.METHODS)
 
@@ -132,7 +117,7 @@ def test_text_is_lm_evals_prompt():
 
     dialogue = coqa.read("embedded-held-out")[0]
     prompt, last = doc_to_text(dialogue), dialogue["answers"]["input_text"][-1]
-    assert calibration.text(dialogue) == f"{prompt} {last}\n\n"
+    assert calibrated.text(dialogue) == f"{prompt} {last}\n\n"
 
 
 def test_shipped_calibration_never_sees_an_evaluated_dialogue(study):
@@ -140,7 +125,7 @@ def test_shipped_calibration_never_sees_an_evaluated_dialogue(study):
     ids, stories = {d["id"] for d in evaluated}, {" ".join(d["story"].lower().split()) for d in evaluated}
     for name in ("gptq", "awq"):
         wanted = params.read_configuration("smollm2-135m", name).quantization.calibration
-        chosen = calibration._dialogues(study, wanted)
+        chosen = calibrated._dialogues(study, wanted)
         assert len(chosen) == wanted.samples == len({d["id"] for d in chosen})
         assert not ids & {d["id"] for d in chosen}
         assert not stories & {" ".join(d["story"].lower().split()) for d in chosen}
@@ -148,7 +133,7 @@ def test_shipped_calibration_never_sees_an_evaluated_dialogue(study):
 
 def test_calibrating_on_the_evaluated_set_is_refused(study):
     with pytest.raises(StudyError, match="is also evaluated in this study"):
-        calibration.samples(study, params.Calibration(source="embedded", samples=2), tokenizer=str.split, vocabulary=10)
+        calibrated.samples(study, params.Calibration(source="embedded", samples=2), tokenizer=str.split, vocabulary=10)
 
 
 @pytest.mark.parametrize("change", [{"id": "new"}, {"story": "Another story."}, {"id": "new", "story": "upper"}])
@@ -158,40 +143,49 @@ def test_leak_by_id_or_by_story_is_refused(study, change):
     if change.get("story") == "upper":
         changed["story"] = "\n ".join(dialogue["story"].upper().split(" "))
     with pytest.raises(StudyError, match=f"dialogue {changed['id']} is also evaluated"):
-        calibration.check_unseen([coqa.read("embedded-held-out")[0], changed], study)
+        calibrated.check_unseen([coqa.read("embedded-held-out")[0], changed], study)
 
 
 def test_dialogue_that_is_neither_is_allowed(study):
-    calibration.check_unseen([coqa.read(study.data.source, 1)[0] | {"id": "new", "story": "Another story."}], study)
+    calibrated.check_unseen([coqa.read(study.data.source, 1)[0] | {"id": "new", "story": "Another story."}], study)
 
 
 def test_samples_are_cut_and_recorded(study, load):
     wanted = params.Calibration(samples=3, sequence_length=40)
-    ids, record = calibration.samples(study, wanted, load("fp16").tokenizer, 0)
+    ids, record = calibrated.samples(study, wanted, load("fp16").tokenizer, 0)
     assert [len(i) for i in ids] == [40] * 3 and record["tokens"] == 120
-    assert load("fp16").tokenizer.decode(ids[0]) in calibration.text(coqa.read("embedded-held-out")[0])
+    texts = [calibrated.text(d) for d in coqa.read("embedded-held-out")]
+    assert all(any(load("fp16").tokenizer.decode(i) in text for text in texts) for i in ids)
     assert (
-        calibration.samples(study, wanted.model_copy(update={"samples": 2}), load("fp16").tokenizer, 0)[1]["sha256"]
+        calibrated.samples(study, wanted.model_copy(update={"samples": 2}), load("fp16").tokenizer, 0)[1]["sha256"]
         != record["sha256"]
     )
 
 
+def test_seed_draws_the_samples(study):
+    drawn = [
+        [d["id"] for d in calibrated._dialogues(study, params.Calibration(samples=16, seed=seed))]
+        for seed in (0, 0, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] and len({frozenset(ids) for ids in drawn}) == 3
+
+
 def test_too_many_samples(study):
     with pytest.raises(StudyError, match=r"calibration\.samples: 21 asked for, but embedded-held-out has 20"):
-        calibration.samples(study, params.Calibration(samples=21), str.split, 10)
+        calibrated.samples(study, params.Calibration(samples=21), str.split, 10)
 
 
 def test_random_tokens_come_from_the_seed(tiny):
     wanted = params.Calibration(**TOKENS)
-    ids, record = calibration.samples(tiny, wanted, None, 256)
+    ids, record = calibrated.samples(tiny, wanted, None, 256)
     assert len(ids) == 4 and {len(i) for i in ids} == {32} and min(map(min, ids)) >= 0 and max(map(max, ids)) < 256
-    assert calibration.samples(tiny, wanted, None, 256)[0] == ids
-    assert calibration.samples(tiny.model_copy(update={"seed": 5}), wanted, None, 256)[1]["sha256"] != record["sha256"]
+    assert calibrated.samples(tiny, wanted, None, 256)[0] == ids
+    assert calibrated.samples(tiny.model_copy(update={"seed": 5}), wanted, None, 256)[1]["sha256"] != record["sha256"]
 
 
 def test_text_for_a_model_without_a_tokenizer(tiny):
     with pytest.raises(StudyError, match="no tokenizer to read embedded-held-out with; write random-tokens"):
-        calibration.samples(tiny, params.Calibration(), None, 256)
+        calibrated.samples(tiny, params.Calibration(), None, 256)
 
 
 # ---- group size ----
@@ -207,17 +201,27 @@ def test_group_size_that_does_not_divide(study):
 # ---- cache ----
 
 PARTS = {
-    "weights": "w", "recipe": {"method": "gptq", "group_size": 64}, "calibration": "c", "computed_in": "torch.float32 on cpu",
-    "stored_in": "torch.float16", "versions": {"torch": "1", "llmcompressor": "2"},
-}  # fmt: skip
+    "weights": "w",
+    "recipe": {"method": "gptq", "group_size": 64},
+    "calibration": "c",
+    "computed_in": "torch.float32 on cpu",
+    "stored_in": "torch.float16",
+    "versions": {"torch": "1", "llmcompressor": "2"},
+}
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"weights": "v"}, {"recipe": {"method": "gptq", "group_size": 32}}, {"calibration": "d"}, {"computed_in": "torch.float16 on cuda"},
-     {"stored_in": "torch.bfloat16"}, {"versions": {"torch": "1", "llmcompressor": "3"}}],
+    [
+        {"weights": "v"},
+        {"recipe": {"method": "gptq", "group_size": 32}},
+        {"calibration": "d"},
+        {"computed_in": "torch.float16 on cuda"},
+        {"stored_in": "torch.bfloat16"},
+        {"versions": {"torch": "1", "llmcompressor": "3"}},
+    ],
     ids=lambda change: next(iter(change)),
-)  # fmt: skip
+)
 def test_key_changes_with_each_ingredient(change):
     assert calibrated.key(PARTS | change) != calibrated.key(PARTS)
     assert calibrated.key(dict(reversed(PARTS.items()))) == calibrated.key(PARTS)
@@ -298,8 +302,10 @@ def _levels(weight: torch.Tensor, group_size: int) -> int:
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_calibrated(tiny, method):
+def test_calibrated(tiny, monkeypatch, method):
     pytest.importorskip("llmcompressor")
+    if method == "awq":  # GPTQ has shown the process of its own
+        monkeypatch.setattr(calibrated, "_quantize", calibrated._oneshot)
     wanted = configuration(method, group_size=32, calibration=TOKENS)
     full, loaded = models.load(tiny, configuration("none")), models.load(tiny, wanted)
     info = loaded.info
@@ -321,6 +327,8 @@ def test_calibrated(tiny, method):
     with torch.inference_mode():
         expected, got = full.model(ids).logits, loaded.model(ids).logits
     assert 0 < (got - expected).norm() / expected.norm() < 0.3
+    # 4 bits, a 16-bit scale for each 32 weights, a zero point of 4 bits for AWQ's, and the shape of each layer.
+    assert info["quantized_share"] == 1 and 4.5 <= info["bits_per_weight"] < 4.8
     again = models.load(tiny, wanted)
     assert again.info["from_cache"] and again.info["quantize_seconds"] == info["quantize_seconds"]
     with torch.inference_mode():
@@ -349,3 +357,30 @@ def test_float8(tiny):
     assert stored["parameters_and_buffers"] == plain["parameters_and_buffers"] - saved
     assert stored["quantization_state"] == 4 * sum(m.out_features for m in quantized_layers(loaded.model).values())
     assert loaded.info["checkpoint_bytes"] < full.info["checkpoint_bytes"]
+
+
+def test_int8_of_weights_only(tiny):
+    pytest.importorskip("torchao")
+    full, loaded = models.load(tiny, configuration("none")), models.load(tiny, configuration("torchao-int8"))
+    assert loaded.info["quantized_layers"] == 14 and 8 < loaded.info["bits_per_weight"] < 9
+    for name, layer in quantized_layers(loaded.model).items():
+        original = full.model.get_submodule(name).weight
+        step = original.abs().amax(1, keepdim=True) / 127.5
+        assert ((dequantize(layer) - original).abs() <= step * 0.51).all()
+
+
+def test_quantizing_that_fails_in_its_own_process(tiny, monkeypatch, capfd):
+    """The child's last line is the sentence; a killed child is said to be one."""
+    monkeypatch.setattr(calibrated.metadata, "version", lambda package: "1")
+    wanted = configuration("gptq", group_size=32, calibration=TOKENS)
+    run = calibrated.subprocess.run
+    for end, words in (
+        ("print('E: no layer'); sys.exit(1)", r"failed \(E: no layer\)"),
+        ("os.kill(os.getpid(), 9)", "signal 9"),
+    ):
+        script = f"import os, sys; {end}"
+        monkeypatch.setattr(
+            calibrated.subprocess, "run", lambda command, script=script, **k: run([command[0], "-c", script], **k)
+        )
+        with pytest.raises(StudyError, match=words):
+            _quantized(tiny, wanted)

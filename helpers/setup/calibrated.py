@@ -1,10 +1,15 @@
 """GPTQ and AWQ through llm-compressor: quantized once with calibration text, kept under .cache/quantized.
 
-    folder, record = compress.quantized(study, configuration, source, tokenizer)
+    folder, record = calibrated.quantized(study, configuration, source, tokenizer, device, dtype)
 
-The folder's name ends in a key over everything that the weights depend on (`ingredients`): the full-precision weights, the method's
-options, the calibration tokens, the compute type, and the packages' versions. It appears in one move, complete or not at all, and holds
-record.json with the seconds that quantizing took.
+The folder's name ends in a key over everything that the weights depend on (`ingredients`): the full-precision
+weights, the method's options, the calibration tokens, the compute type, and the packages' versions. It appears in one
+move, complete or not at all, and holds record.json with the seconds that quantizing took. Quantizing is a process of
+its own, so that its workspaces are not in the memory that is measured afterwards.
+
+Calibration text is never a dialogue that is evaluated. Every sample is one dialogue, written as lm-eval's CoQA prompt
+writes it (story, then all questions with their answers), cut to `sequence_length` tokens. A model with random weights
+has no tokenizer: `source: random-tokens` draws token ids.
 
 GPTQ: Frantar et al., 2022, https://arxiv.org/abs/2210.17323. AWQ: Lin et al., 2023, https://arxiv.org/abs/2306.00978.
 """
@@ -13,7 +18,10 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from contextlib import contextmanager, redirect_stderr
@@ -21,14 +29,89 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import CACHE, StudyError
-from helpers.params import Configuration, Study
-from helpers.setup import calibration
+from helpers import CACHE, ROOT, StudyError
+from helpers.params import Calibration, Configuration, Quantization, Study
+from helpers.setup import coqa
 
 PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
 HUB_COMMIT = re.compile(r"[0-9a-f]{40}")
+RANDOM = "random-tokens"
+
+# ---- calibration text ----
+
+
+def text(dialogue: dict) -> str:
+    """A dialogue as text: lm-eval's `coqa` prompt (lm_eval/tasks/coqa/utils.py, doc_to_text), with the last answer as
+    well.
+    """
+    turns = zip(dialogue["questions"]["input_text"], dialogue["answers"]["input_text"], strict=True)
+    return dialogue["story"] + "\n\n" + "".join(f"Q: {question}\n\nA: {answer}\n\n" for question, answer in turns)
+
+
+def _plain(story: str) -> str:
+    """A story as it is compared: white space and case do not make it another one."""
+    return " ".join(story.lower().split())
+
+
+def check_unseen(dialogues: list[dict], study: Study) -> None:
+    """Raises StudyError if one of `dialogues` is evaluated in this study, by its id or by its story."""
+    if study.data is None:
+        return
+    evaluated = coqa.read(study.data.source, study.data.dialogues, study.data.revision)
+    ids, stories = {d["id"] for d in evaluated}, {_plain(d["story"]) for d in evaluated}
+    for dialogue in dialogues:
+        if dialogue["id"] in ids or _plain(dialogue["story"]) in stories:
+            raise StudyError(
+                f"calibration.source: dialogue {dialogue['id']} is also evaluated in this study "
+                f"({study.data.source}); calibrate on other "
+                "dialogues, such as embedded-held-out or a hub data set's train split"
+            )
+
+
+def _dialogues(study: Study, calibration: Calibration) -> list[dict]:
+    """The dialogues that `calibration.seed` draws, in the order drawn."""
+    # The hub's evaluated split is validation. A file or an embedded set has no splits.
+    found = coqa.read(calibration.source, revision=calibration.revision, split="train")
+    if calibration.samples > len(found):
+        raise StudyError(
+            f"calibration.samples: {calibration.samples} asked for, but {calibration.source} has {len(found)} "
+            "dialogues; "
+            "ask for at most that many"
+        )
+    chosen = random.Random(calibration.seed).sample(found, calibration.samples)
+    check_unseen(chosen, study)
+    return chosen
+
+
+def samples(study: Study, calibration: Calibration, tokenizer, vocabulary: int) -> tuple[list[list[int]], dict]:
+    """Token ids of every sample, and the record of them: source, seed, samples, tokens, sha256 (of the ids).
+
+    Raises StudyError if a dialogue is evaluated too, if there are too few, or if there is no tokenizer for text.
+    """
+    if calibration.source == RANDOM:
+        generator = torch.Generator().manual_seed(study.seed + calibration.seed)
+        shape = (calibration.samples, calibration.sequence_length)
+        ids = torch.randint(vocabulary, shape, generator=generator).tolist()
+    elif tokenizer is None:
+        raise StudyError(
+            f"calibration.source: {study.model.name} has random weights and no tokenizer to read "
+            f"{calibration.source} with; write {RANDOM}"
+        )
+    else:
+        ids = [tokenizer(text(d))["input_ids"][: calibration.sequence_length] for d in _dialogues(study, calibration)]
+    return ids, {
+        "source": calibration.source,
+        "seed": calibration.seed,
+        "samples": len(ids),
+        "tokens": sum(map(len, ids)),
+        "sha256": hashlib.sha256(repr(ids).encode()).hexdigest(),
+    }
+
+
+# ---- weights ----
 
 
 def weights_key(folder: Path) -> str:
@@ -43,7 +126,9 @@ def weights_key(folder: Path) -> str:
 
 
 def check_group_size(architecture, group_size: int) -> None:
-    """Raises StudyError if a group would not divide the inputs of every linear layer: hidden size, MLP size, attention output."""
+    """Raises StudyError if a group would not divide the inputs of every linear layer: hidden size, MLP size,
+    attention output.
+    """
     head = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
     inputs = {
         "hidden size": architecture.hidden_size,
@@ -80,8 +165,12 @@ def key(parts: dict) -> str:
 def _recipe(options) -> list:
     """llm-compressor's modifiers for GPTQ, or for AWQ's scaling and the rounding that follows it."""
     weights = {
-        "num_bits": 4, "type": "int", "symmetric": options.symmetric, "strategy": "group", "group_size": options.group_size,
-    }  # fmt: skip
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": options.symmetric,
+        "strategy": "group",
+        "group_size": options.group_size,
+    }
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     if options.method == "gptq":
         from llmcompressor.modifiers.gptq import GPTQModifier
@@ -100,7 +189,8 @@ def _recipe(options) -> list:
 
 @contextmanager
 def _without_pinning():
-    """AWQ pins its cached activations so that copies to a GPU overlap; without a GPU torch refuses to pin, and there is nothing to copy to.
+    """AWQ pins its cached activations so that copies to a GPU overlap; without a GPU torch refuses to pin, and there
+    is nothing to copy to.
 
     llm-compressor 0.14 calls `IntermediatesCache.pin_memory` unguarded (modifiers/transform/awq/base.py).
     """
@@ -119,7 +209,9 @@ def _without_pinning():
 
 @contextmanager
 def _quiet():
-    """llm-compressor logs a line per layer through loguru, and draws progress bars on stderr; its errors are exceptions."""
+    """llm-compressor logs a line per layer through loguru, and draws progress bars on stderr; its errors are
+    exceptions.
+    """
     import llmcompressor  # noqa: F401  sets up its own logging
     from loguru import logger
 
@@ -130,18 +222,23 @@ def _quiet():
 
 
 def arithmetic(method: str, dtype: torch.dtype) -> torch.dtype:
-    """What a method computes in. AWQ's search multiplies weights by trial scales, which overflowed float16 on a GPU (SmolLM2-135M: no
-    finite loss in any trial), so it gets float32."""
+    """What a method computes in. AWQ's search multiplies weights by trial scales, which overflowed float16 on a GPU
+    (SmolLM2-135M: no finite loss in any trial), so it gets float32.
+    """
     return torch.float32 if method == "awq" else dtype
 
 
-def _quantize(source: str, target: Path, options, ids: list[list[int]], dtype: torch.dtype) -> float:
-    """Quantize `source` into `target`, for a model that computes in `dtype`; returns seconds, loading and saving left out."""
+def _oneshot(source: str, target: Path, options, ids: list[list[int]], dtype: torch.dtype) -> float:
+    """Quantize `source` into `target`, for a model that computes in `dtype`; returns seconds, loading and saving left
+    out.
+    """
     with _quiet():
         from llmcompressor import oneshot
 
         # Not on a device: llm-compressor moves one layer at a time to the GPU, if there is one.
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=arithmetic(options.method, dtype))
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=arithmetic(options.method, dtype), trust_remote_code=False, use_safetensors=True
+        )
         batches = [
             {"input_ids": torch.tensor([i]), "attention_mask": torch.ones(1, len(i), dtype=torch.long)} for i in ids
         ]
@@ -162,23 +259,55 @@ def _quantize(source: str, target: Path, options, ids: list[list[int]], dtype: t
     return seconds
 
 
+def _quantize(source: str, target: Path, options, ids: list[list[int]], dtype: torch.dtype) -> float:
+    """`_oneshot` in a process of its own. Raises OSError if its files can't be written, StudyError if it ends in any
+    other way.
+    """
+    job, answer = target.with_name("job.json"), target.with_name("seconds.json")
+    values = {"source": source, "target": str(target), "ids": ids, "dtype": str(dtype).removeprefix("torch.")}
+    job.write_text(json.dumps(values | {"options": options.model_dump(), "answer": str(answer)}))
+    command = [sys.executable, "-m", "helpers.setup.calibrated", str(job)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode == 0:
+        return json.loads(answer.read_text())
+    if done.returncode < 0:
+        raise StudyError(
+            f"{options.method}: quantizing was killed by signal {-done.returncode}, as for lack of memory; use fewer "
+            "calibration.samples or a shorter calibration.sequence_length"
+        )
+    last = (done.stdout.strip().splitlines() or ["no text"])[-1]
+    if "No space left" in last or "Disk quota" in last:
+        raise OSError(28, "No space left on device")
+    print(done.stdout)
+    raise StudyError(f"{options.method}: llm-compressor failed ({last}); its output stands above")
+
+
+def _main(job: Path) -> None:
+    values = json.loads(job.read_text())
+    options, dtype = TypeAdapter(Quantization).validate_python(values["options"]), getattr(torch, values["dtype"])
+    seconds = _oneshot(values["source"], Path(values["target"]), options, values["ids"], dtype)
+    Path(values["answer"]).write_text(json.dumps(seconds))
+
+
 def stored(dtype: torch.dtype) -> torch.dtype:
-    """Of what a checkpoint does not quantize: as such checkpoints are published, 16 bits, whatever the arithmetic here."""
+    """Of what a checkpoint does not quantize: as such checkpoints are published, 16 bits, whatever the arithmetic
+    here.
+    """
     return torch.float16 if dtype == torch.float32 else dtype
 
 
 def quantized(
     study: Study, configuration: Configuration, source: str, tokenizer, device: torch.device, dtype: torch.dtype
 ) -> tuple[Path, dict]:
-    """The folder of the quantized checkpoint, and its record: quantize_seconds (s, in the run that made it), from_cache, checkpoint_bytes,
-    checkpoint_dtype (of what is not quantized in it), calibration, ingredients.
+    """The folder of the quantized checkpoint, and its record: quantize_seconds (s, in the run that made it),
+    from_cache, checkpoint_bytes, checkpoint_dtype (of what is not quantized in it), calibration, ingredients.
 
-    Raises StudyError if the group size does not fit the model, or the calibration is not allowed (helpers.calibration).
+    Raises StudyError if the group size does not fit the model, or the calibration is not allowed (`check_unseen`).
     """
     options = configuration.quantization
-    architecture = AutoConfig.from_pretrained(source)
+    architecture = AutoConfig.from_pretrained(source, trust_remote_code=False)
     check_group_size(architecture, options.group_size)
-    ids, calibrated = calibration.samples(study, options.calibration, tokenizer, architecture.vocab_size)
+    ids, calibrated = samples(study, options.calibration, tokenizer, architecture.vocab_size)
     parts = ingredients(configuration, weights_key(Path(source)), calibrated, device, dtype)
     folder = CACHE / "quantized" / f"{Path(study.model.name).name}-{options.method}-{key(parts)}"
     if (folder / "record.json").is_file():
@@ -204,3 +333,7 @@ def quantized(
         if not folder.is_dir():  # another process may have been faster
             os.replace(target, folder)
     return folder, {**record, "from_cache": False}
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

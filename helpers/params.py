@@ -164,7 +164,7 @@ class Int4(Strict):
 
     method: Literal["torchao-int4"]
     group_size: Literal[32, 64, 128, 256] = 128
-    algorithm: Literal["tinygemm", "hqq"] = "tinygemm"  # of a group's scale: its extremes, or HQQ's half-quadratic search
+    algorithm: Literal["tinygemm", "hqq"] = "tinygemm"  # scales from extremes, or HQQ's search
 
 
 class Int8(Strict):

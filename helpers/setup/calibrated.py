@@ -58,9 +58,8 @@ def _plain(story: str) -> str:
 
 def check_unseen(dialogues: list[dict], study: Study) -> None:
     """Raises StudyError if one of `dialogues` is evaluated in this study, by its id or by its story."""
-    if study.data is None:
-        return
-    evaluated = coqa.read(study.data.source, study.data.dialogues, study.data.revision)
+    sources = getattr(study, "sources", [study.data] if study.data else [])
+    evaluated = [d for data in sources for d in coqa.read(data.source, data.dialogues, data.revision)]
     ids, stories = {d["id"] for d in evaluated}, {_plain(d["story"]) for d in evaluated}
     for dialogue in dialogues:
         if dialogue["id"] in ids or _plain(dialogue["story"]) in stories:

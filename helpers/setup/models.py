@@ -90,7 +90,7 @@ def prepare(study: Study) -> str:
         return str(hub.snapshot(model.name, model.revision))
     if model.source == "path":
         return integrity.own_folder(model.name)
-    key = hashlib.sha256(f"{model.model_dump_json()}{study.seed}".encode()).hexdigest()[:8]
+    key = hashlib.sha256(f"{model.model_dump_json(exclude={'dtype'})}{study.seed}".encode()).hexdigest()[:8]
     folder = CACHE / "models" / f"{model.name}-{key}"
     if folder.is_dir():
         if (name := integrity.damaged(folder)) is None:

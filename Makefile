@@ -71,7 +71,7 @@ endif
 
 # ---- the study ----
 
-.PHONY: run-all measure again report figures check
+.PHONY: run-all measure again report report-pdf figures check
 run-all: check ## run the whole study: evaluate, benchmark, compare, report (what is fresh is not run again)
 	@result=0; $(MAKE) -k --no-print-directory measure || result=$$?; \
 	$(MAKE) -k --no-print-directory report figures || result=$$?; \
@@ -113,8 +113,13 @@ report: $(OUT)/report.html ## render the report from the results that are there
 $(OUT)/04_analysis.ipynb: notebooks/04_analysis.ipynb $(STUDY_FILE) $(ANALYSIS) $(RESULT_FILES) | $(ENV)
 	@$(NB) run notebooks/04_analysis.ipynb $@ -f $(STUDY_FILE) $(FOLDER)
 
-$(OUT)/report.html: $(OUT)/04_analysis.ipynb helpers/notebook.py
+$(OUT)/report.html: $(OUT)/04_analysis.ipynb helpers/notebook.py $(wildcard notebooks/template/*)
 	@$(NB) render $< $@
+
+CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome chrome,$(shell command -v $(name))) chromium)
+report-pdf: $(OUT)/report.html ## print the report as a PDF (needs Chromium or Chrome)
+	@$(CHROMIUM) --headless --no-sandbox --no-pdf-header-footer --print-to-pdf=$(OUT)/report.pdf $(abspath $<) 2>/dev/null \
+	  && echo "$(OUT)/report.pdf" || { echo "$(CHROMIUM): cannot print; install Chromium, or name it with CHROMIUM=..." >&2; exit 1; }
 
 figures: $(OUT)/05_figures.ipynb ## draw every figure as PNG and SVG under figures/STUDY
 

@@ -120,16 +120,17 @@ def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]
 
 
 def render(source: Path, target: Path) -> None:
-    """The report: an executed notebook as one HTML file, figures embedded, code hidden, nothing fetched from the network."""
+    """The report: an executed notebook as one HTML file by notebooks/template, nothing fetched from the network."""
     import nbformat
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(
-        exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, theme="light",
-        mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="",
-    )  # fmt: skip
+    exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(ROOT / "notebooks")])
     title = f"{target.parent.name}: report"  # from_filename would name the page after the notebook
-    body, _ = exporter.from_notebook_node(nbformat.read(source, 4), resources={"metadata": {"name": title}})
+    resources = {"metadata": {"name": title}}
+    notebook = ROOT / "notebooks" / source.name
+    if target.resolve().is_relative_to(ROOT) and notebook.is_file():
+        resources["notebook"] = Path(os.path.relpath(notebook, target.resolve().parent)).as_posix()
+    body, _ = exporter.from_notebook_node(nbformat.read(source, 4), resources=resources)
     results.write_text(target, body)
     print(f"{target.relative_to(ROOT) if target.is_relative_to(ROOT) else target}: open it in a browser")
 

@@ -32,11 +32,11 @@ export TOKENIZERS_PARALLELISM := false
 
 # A notebook's results depend on its folder of helpers, on setup/, params and results, beside the notebook and its parameter files.
 folder = $(wildcard $(patsubst %,helpers/%/*.py,$(1)))
-COMMON := helpers/params.py helpers/schema.py helpers/results.py $(call folder,setup)
+COMMON := helpers/params.py $(wildcard helpers/schema*.py) helpers/results.py $(call folder,setup)
 EVALUATE := $(COMMON) $(call folder,evaluate) $(wildcard helpers/tasks/*.* helpers/tasks/dialogues/*)
 BENCHMARK := $(COMMON) $(call folder,benchmark)
-FIDELITY := $(COMMON) helpers/statistics.py $(call folder,fidelity) $(wildcard helpers/tasks/dialogues/*)
-ANALYSIS := helpers/params.py helpers/schema.py helpers/results.py helpers/statistics.py params/paper.yaml $(call folder,analysis)
+FIDELITY := $(COMMON) helpers/statistics.py helpers/ranks.py $(call folder,fidelity) $(wildcard helpers/tasks/dialogues/*)
+ANALYSIS := helpers/params.py $(wildcard helpers/schema*.py) helpers/results.py helpers/statistics.py params/paper.yaml $(call folder,analysis)
 NB = $(PY) -m helpers.notebook
 
 .PHONY: help

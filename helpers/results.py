@@ -198,7 +198,7 @@ def _write(target: Path, result: Result) -> Result:
 
 def write(study: Study, configuration: Configuration | None, kind: Kind, data: dict, process: int = 1) -> Result:
     """Check and write a finished result. Raises ValidationError if keys of its kind are missing, ValueError on NaN."""
-    DATA[kind].model_validate(data)
+    DATA[kind].model_validate(data, context="writing")
     return _write(path(study, configuration, kind, process), _envelope(study, configuration, kind, "ok", None, data))
 
 

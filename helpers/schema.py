@@ -1,18 +1,16 @@
 """What result files hold, kind by kind: every key, with its unit.
 
-A writer's data must fit its model exactly; `results.read` also takes what schema 1 wrote, whose missing keys are then None.
+A writer's data must fit its model exactly (`schema_base.Exact`); `results.read` also takes what schema 1 wrote, whose
+missing keys are then None.
 Nothing here imports torch: the analysis reads these models on any machine.
 """
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from helpers.schema_base import Data
+from helpers.schema_fidelity import Fidelity, Weights
 
 Kind = Literal["setup", "evaluation", "benchmark", "fidelity", "weights"]
-
-
-class Data(BaseModel):
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
 
 class Setup(Data):
@@ -37,19 +35,6 @@ class Benchmark(Data):
     memory: dict
     prefill: list  # a row per mode and length
     decode: list  # a row per mode and batch size
-
-
-class Fidelity(Data):
-    tokens: int  # compared
-    dialogues: int
-
-
-class Weights(Data):
-    """What formats do to the full-precision weights, once per study."""
-
-    weights: dict
-    sensitivity: dict
-    noise: dict
 
 
 DATA: dict[str, type[Data]] = {

@@ -1,12 +1,14 @@
 """Sixteen levels for a weight: how good they can be.
 
-A 4-bit format scales each block of weights by its largest magnitude (absmax) and rounds to the nearest of 16 levels in [-1, 1], its
-codebook. The squared error of a weight is absmax^2 times that of its normalized value x = w / absmax, so every sum here weighs x with
-absmax^2: then the error of a codebook is its relative squared error ||w - q(w)||^2 / ||w||^2, and the codebook that minimizes it (Lloyd
-1957, published in IEEE Trans. Inf. Theory 28(2), 1982; Max, IRE Trans. Inf. Theory 6(1), 1960) bounds all formats of that kind from below.
+A 4-bit format scales each block of weights by its largest magnitude (absmax) and rounds to the nearest of 16 levels in
+[-1, 1], its codebook. The squared error of a weight is absmax^2 times that of its normalized value x = w / absmax, so
+every sum here weighs x with absmax^2: then the error of a codebook is its relative squared error ||w - q(w)||^2 /
+||w||^2, and the codebook that minimizes it (Lloyd 1957, published in IEEE Trans. Inf. Theory 28(2), 1982; Max, IRE
+Trans. Inf. Theory 6(1), 1960) bounds all formats of that kind from below.
 
-A distribution of x is a `Density`: in each of BINS equal bins of [-1, 1] its mass and first and second moment. Batches of them (a layer
-each) are handled at once. Within a bin mass counts as spread evenly, which moves an error by less than 1e-4 of itself.
+A distribution of x is a `Density`: in each of BINS equal bins of [-1, 1] its mass and first and second moment. Batches
+of them (a layer each) are handled at once. Within a bin mass counts as spread evenly, which moves an error by less than
+1e-4 of itself.
 
     >>> import torch
     >>> gaussian = gaussian_blocks(64)                    # weights that are Gaussian, in blocks of 64
@@ -35,7 +37,8 @@ class Density(NamedTuple):
 
 
 def normalized(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x = w / absmax of its block, flat (n,), and the absmax of each weight's block (n,), float32; blocks as bitsandbytes takes them."""
+    """x = w / absmax of its block, flat (n,), and the absmax of each weight's block (n,), float32; blocks as
+    bitsandbytes takes them."""
     flat = weight.detach().reshape(-1).float()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
@@ -58,9 +61,11 @@ def _phi(z: np.ndarray) -> np.ndarray:
 
 
 def gaussian_blocks(block_size: int, by_square: bool = True, nodes: int = 400) -> Density:
-    """The density of z / max|z| for blocks of `block_size` independent Gaussian z, total mass 1, by quadrature over the maximum m.
+    """The density of z / max|z| for blocks of `block_size` independent Gaussian z, total mass 1, by quadrature over the
+    maximum m.
 
-    Given m, one of the block's values is -1 or 1 and the others are Gaussians cut off at m. `by_square` weighs with m^2 as above.
+    Given m, one of the block's values is -1 or 1 and the others are Gaussians cut off at m. `by_square` weighs with m^2
+    as above.
     """
     grid, steps = np.polynomial.legendre.leggauss(nodes)
     m, steps = 4.5 * (grid + 1), 4.5 * steps  # m from 0 to 9
@@ -112,8 +117,9 @@ def relative_squared_error(distribution: Density, levels: torch.Tensor) -> torch
 def lloyd_max(distribution: Density, start: torch.Tensor, steps: int = 5000) -> tuple[torch.Tensor, torch.Tensor]:
     """The codebook (..., 16) that minimizes the relative squared error, and that error (...).
 
-    Lloyd's iteration: every level moves to the mean of what is rounded to it, until none moves by more than 1e-7. Never worse than `start`
-    (16,); for a log-concave density (a Gaussian) the fixed point is the global optimum, for others a local one.
+    Lloyd's iteration: every level moves to the mean of what is rounded to it, until none moves by more than 1e-7. Never
+    worse than `start` (16,); for a log-concave density (a Gaussian) the fixed point is the global optimum, for others a
+    local one.
     """
     cumulative = _cumulative(distribution)
     levels = start.to(distribution.mass).sort().values.expand(*distribution.mass.shape[:-1], -1).contiguous()
@@ -138,7 +144,8 @@ def uniform() -> list[float]:
 
 
 def describe(levels: list[float]) -> dict:
-    """levels (sorted), distinct (their number), largest_gap_over_smallest (between different levels), uniform (the ratio is below 1.01)."""
+    """levels (sorted), distinct (their number), largest_gap_over_smallest (between different levels), uniform (the
+    ratio is below 1.01)."""
     different = np.unique(np.asarray(levels) + 0.0)
     gaps = np.diff(different)
     ratio = float(gaps.max() / gaps.min())

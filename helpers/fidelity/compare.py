@@ -1,157 +1,120 @@
-"""How far a quantized model's predictions are from full precision's, token by token.
+"""How far a quantized model's predictions are from full precision's, token by token on the same text (`texts`).
 
-Both models read the same text and predict the same tokens: each dialogue as lm-eval's CoQA task writes it (`story`, then `Q: ...` and
-`A: ...` with the gold answers). Compared are the predictions of
-
-    story      the story's tokens (all but the first, if the tokenizer puts nothing before it)
-    answers    the gold answers' tokens
-    all        both; not the questions and the marks `Q:` and `A:`
-
-    found = fidelity.compare(study, configuration, dialogues)
+    found = compare(study, configuration, dialogues)
 
     kl                  KL(full || quantized) of the next token's distribution, nats
     agreement           share of positions with the same most likely token
     correct_token       p_quantized - p_full of the token that stands in the text
     ln_ratio            ln(perplexity quantized / perplexity full), paired
 
-Full precision compared with itself, read in padded batches of NOISE_FLOOR_BATCH instead of one dialogue at a time, is the noise floor: what
-rounding alone does. The models' own logits are compared, in the dtype they compute in. helpers.divergence holds the arithmetic.
+Full precision is the same model without quantization in the configuration's own dtype (INT4's kernel computes in
+bfloat16), and `baseline` says which. What it computes, its last hidden states, is kept under .cache for the study's
+other configurations: its output layer makes the same logits of them again, in a hundredth of their space.
 
-The full-precision model is kept beside the quantized one if both fit. If not, its last hidden states go to disk in the dtype that it
-computes in, and its output layer stays loaded: that gives the same logits again to the last bit, in a hundredth of the space of the
-log-probabilities. `placement` says which.
+Full precision's own row is 0 by definition. Its `floor` says what no difference amounts to: the same model read in
+batches of another shape, and with every weight moved by no more than its dtype's rounding. On an H100 the first is 0.
 """
 
+import hashlib
+import itertools
+import os
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import psutil
 import torch
-from safetensors import safe_open
+import transformers
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from helpers import CACHE, StudyError
-from helpers.fidelity import formats as weights
-from helpers.fidelity.divergence import position_metrics, summarize
+from helpers import CACHE, StudyError, ranks, statistics
+from helpers.fidelity import formats, perturb
+from helpers.fidelity.texts import (
+    WINDOWS,
+    Text,
+    check_head,
+    chunk_positions,
+    encode,
+    hidden_states,
+    scored,
+    token_limit,
+    windows,
+)
 from helpers.params import Configuration, Full, Study
 from helpers.setup import models
 from helpers.setup.device import free
 from helpers.setup.layers import repacked
 
-NOISE_FLOOR_BATCH = 4
-WORKING_BYTES = (
-    2**28
-)  # five float64 arrays over the vocabulary for one chunk of positions; larger chunks leave the cache and are slower
+GROUPS = ("story", "answers")
+QUANTILES = {"median": 0.5, "p99": 0.99}
+BUCKETS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of full precision's largest probability
+SUMS = ("nll_full", "nll", "kl", "agreement")
+FLOOR_BATCH = 4
+FLOOR_DIALOGUES = {"cpu": 3, "cuda": 100}
 SPARE_BYTES = 3 * 2**29  # what comparing needs beside the models
+ROWS = {"cpu": 8, "cuda": 2048}  # positions in float64 at once: on a CPU they have to stay in the cache
 
 
-class Text(NamedTuple):
-    """One dialogue's tokens, and what each of them is."""
+def compare(study: Study, configuration: Configuration, dialogues: list[dict], progress=None) -> dict:
+    """Compare a configuration with full precision on the same tokens. Returns what schema.Fidelity lists.
 
-    id: str
-    ids: torch.Tensor  # (tokens,)
-    turn: (
-        np.ndarray
-    )  # (tokens,): 0 in the story, t in the gold answer of turn t, -1 elsewhere and where nothing comes before
-
-
-def encode(dialogues: list[dict], tokenizer, limit: int | None = None) -> list[Text]:
-    """Dialogues as tokens. A token belongs to an answer if any of its characters does, and to the story likewise.
-
-    Raises StudyError if the tokenizer can't tell where tokens come from, or a dialogue has more than `limit` tokens.
+    Raises StudyError if the texts don't suit the model. What is optional (errors of the weights, floor, text file) and
+    cannot be done has a reason in its place.
     """
-    if not tokenizer.is_fast:
-        raise StudyError(
-            f"{type(tokenizer).__name__} gives no character offsets; use a model whose tokenizer has a fast version"
-        )
-    return [_encode(dialogue, tokenizer, limit) for dialogue in dialogues]
+    clock = _Clock()
+    full = models.load(study, full_precision(configuration))
+    clock("loading")
+    texts, left_out = encode(dialogues, full.tokenizer, token_limit(full.model))
+    check_head(full.model, texts[0])
+    itself, dtype, device = configuration.quantization.method == "none", full.info["dtype"], full.info["device"]
+    file = getattr(study.fidelity, "text", None)
+    parts = or_reason(windows, file, full.tokenizer, token_limit(full.model)) if file else []
+    some = parts[: WINDOWS[device]] if isinstance(parts, list) else []
+    before, cached = reference(study, full, texts, "dialogues")
+    before_some = reference(study, full, some, "text")[0] if some else []
+    clock("reading")
+    model, head, own = full.model, full.model.get_output_embeddings(), None
+    floor = or_reason(noise_floor, model, texts, before, study.seed) if itself else None
+    clock("floor")
+    if not itself:
+        beside = fits_beside(model)
+        del model
+        full = full if beside else None
+        free()
+        model = models.load(study, configuration).model
+        clock("loading")
+        reason = {"reason": "the two models did not fit side by side"}
+        own = or_reason(formats.own_error, full.model, model, configuration) if beside else reason
+        full = None
+        clock("weights")
+    same = before if itself else None
+    rows = _compare_all(texts, before, head, model, same, clock, progress)
+    options = {"confidence": study.statistics.confidence, "resamples": study.statistics.resamples, "seed": study.seed}
+    found = summarize(texts, rows, options)
+    if some:
+        rows = _compare_all(some, before_some, head, model, before_some if itself else None, clock, None)
+        parts = file_summary(some, rows, len(parts), options)
+    return found | {
+        "left_out": left_out,
+        "baseline": {"dtype": dtype, "device": device, "from_cache": cached},
+        "arithmetic": _arithmetic(dtype, model),
+        "weights": None if itself else {"formats": {configuration.configuration: own}},
+        "floor": floor,
+        "text": parts or None,
+        "seconds": clock.seconds,
+    }
 
 
-def _encode(dialogue: dict, tokenizer, limit: int | None) -> Text:
-    text, spans = dialogue["story"] + "\n\n", [(0, len(dialogue["story"]))]
-    for question, answer in zip(dialogue["questions"]["input_text"], dialogue["answers"]["input_text"], strict=True):
-        text += f"Q: {question}\n\nA: "
-        spans.append((len(text), len(text) + len(answer)))
-        text += f"{answer}\n\n"
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    starts, ends = np.array(encoded["offset_mapping"]).T
-    turn = np.full(len(starts), -1)
-    for number, (start, end) in enumerate(spans):
-        turn[(starts < end) & (ends > start) & (ends > starts)] = number
-    turn[0] = -1
-    if limit is not None and len(turn) > limit:
-        raise StudyError(
-            f"dialogue {dialogue['id']} has {len(turn)} tokens, but the model takes {limit}; leave it out of data.source"
-        )
-    return Text(dialogue["id"], torch.tensor(encoded["input_ids"]), turn)
-
-
-@torch.inference_mode()
-def hidden_states(model, batch: list[Text]) -> list[torch.Tensor]:
-    """The last hidden states (tokens, width) of each text, read as one batch padded on the right."""
-    longest = max(len(t.ids) for t in batch)
-    ids = torch.zeros((len(batch), longest), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(batch):
-        ids[row, : len(text.ids)], mask[row, : len(text.ids)] = text.ids, 1
-    padded = {"attention_mask": mask.to(model.device)} if len(batch) > 1 else {}
-    states = model.base_model(ids.to(model.device), use_cache=False, **padded).last_hidden_state
-    return [states[row, : len(text.ids)] for row, text in enumerate(batch)]
-
-
-@torch.inference_mode()
-def check_head(model, text: Text) -> None:
-    """Raises StudyError if the model's logits are not its output layer of its last hidden states (some models scale or cap them)."""
-    ids = text.ids[None, :8].to(model.device)
-    ours = model.get_output_embeddings()(model.base_model(ids, use_cache=False).last_hidden_state).float()
-    theirs = model(ids, use_cache=False).logits.float()
-    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
-        raise StudyError(
-            f"{type(model).__name__} changes its logits after the output layer, which 03_fidelity does not follow; leave it out"
-        )
-
-
-def scored(text: Text) -> np.ndarray:
-    """Places of the tokens whose prediction counts; each is predicted from the hidden state before it."""
-    return np.flatnonzero(text.turn >= 0)
-
-
-def chunk_positions(vocabulary: int) -> int:
-    """How many positions are compared at once, so that they take WORKING_BYTES."""
-    return max(1, WORKING_BYTES // (40 * vocabulary))
-
-
-@torch.inference_mode()
-def compare_text(text: Text, full_states, full_head, states, head) -> dict[str, np.ndarray]:
-    """`position_metrics` of a text's scored tokens, from the hidden states (tokens, width) and output layers of both models."""
-    places = torch.from_numpy(scored(text))
-    step = chunk_positions(full_head.weight.shape[0])
-    parts = []
-    for i in range(0, len(places), step):
-        some = places[i : i + step]
-        before = (some - 1).to(full_states.device)
-        targets = text.ids[some].to(full_states.device)
-        logits = head(states[before.to(states.device)]).to(full_states.device)
-        parts.append(position_metrics(full_head(full_states[before]), logits, targets))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-@torch.inference_mode()
-def nll_sums(model, texts: list[Text]) -> list[tuple[float, int]]:
-    """Per text: summed negative log-probability of its scored tokens (nats, in float64), and their number."""
-    head, found = model.get_output_embeddings(), []
-    for text in texts:
-        places = torch.from_numpy(scored(text))
-        states = hidden_states(model, [text])[0]
-        total = 0.0
-        for some in places.split(chunk_positions(head.weight.shape[0])):
-            p = head(states[(some - 1).to(states.device)]).double().log_softmax(-1)
-            total -= p.gather(-1, text.ids[some].to(p.device)[:, None]).sum().item()
-        found.append((total, len(places)))
-    return found
+def or_reason(part, *arguments, **named):
+    """What an optional part returns, or why it could not be done: {"reason": one sentence}."""
+    try:
+        return part(*arguments, **named)
+    except StudyError as error:
+        return {"reason": str(error)}
+    except Exception as error:  # an optional part never takes with it what is already computed
+        return {"reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"}
 
 
 def full_precision(configuration: Configuration) -> Configuration:
@@ -159,74 +122,17 @@ def full_precision(configuration: Configuration) -> Configuration:
     return configuration.model_copy(update={"configuration": "full", "quantization": Full(method="none")})
 
 
-def free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
 def fits_beside(model) -> bool:
     """Is there room for a second model of this size and the comparison?"""
-    return free_bytes(model.device) > model.get_memory_footprint() + SPARE_BYTES
+    cuda = model.device.type == "cuda"
+    room = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
+    return room > model.get_memory_footprint() + SPARE_BYTES
 
 
-def token_limit(model) -> int | None:
-    return getattr(model.config, "max_position_embeddings", None)
-
-
-def compare(
-    study: Study, configuration: Configuration, dialogues: list[dict], side_by_side: bool | None = None, progress=None
-) -> dict:
-    """Compare a configuration with full precision on the same tokens; full precision with itself (method none) is the noise floor.
-
-    side_by_side: both models at once; none: if they fit. Returns `summarize`'s keys and
-        placement       where the full-precision model was, in words
-        seconds         loading, reading (forward passes), comparing
-        weights         {"formats": {configuration: helpers.weights.own_error}}, where both models were loaded; absent for full precision
-        weights_reason  why there is no weight error; none if there is
-        arithmetic      dtype of the computation; where bitsandbytes repacked 4-bit layers for this CPU, bfloat16 inside them
-    Raises StudyError if the texts don't suit the model.
-    """
-    clock = _Clock()
-    full = models.load(study, full_precision(configuration))
-    clock("loading")
-    texts = encode(dialogues, full.tokenizer, token_limit(full.model))
-    check_head(full.model, texts[0])
-    itself = configuration.quantization.method == "none"
-    dtype = full.info["dtype"]
-    more = {"weights_reason": "full precision is the reference" if itself else None, "arithmetic": dtype}
-    if itself:
-        placement = f"one model, read twice: a dialogue at a time, and in padded batches of {NOISE_FLOOR_BATCH}"
-        rows = _compare_all(texts, _live(full.model), full.model, NOISE_FLOOR_BATCH, clock, progress)
-    elif fits_beside(full.model) if side_by_side is None else side_by_side:
-        placement = f"both models side by side on the {full.model.device.type}"
-        other = models.load(study, configuration)
-        clock("loading")
-        more["weights"] = {"formats": {configuration.configuration: weights.own_error(full.model, other.model)}}
-        clock("comparing")
-        rows = _compare_all(texts, _live(full.model), other.model, 1, clock, progress)
-    else:
-        placement = (
-            f"one after the other: full precision's last hidden states on disk in {dtype}, its logits exact from them"
-        )
-        more["weights_reason"] = "the two models did not fit side by side"
-        CACHE.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            path = _store(texts, full.model, Path(scratch), clock)
-            head = full.model.get_output_embeddings()
-            del full
-            free()
-            other = models.load(study, configuration)
-            clock("loading")
-            rows = _compare_all(texts, _stored(path, head), other.model, 1, clock, progress)
-    if not itself and any(map(repacked, other.model.modules())):
-        more["arithmetic"] = (
-            f"{dtype}; inside the 4-bit layers bfloat16, to which bitsandbytes repacks them on this CPU"
-        )
-    turns = [text.turn[scored(text)] for text in texts]
-    return (
-        summarize([text.id for text in texts], turns, rows, study)
-        | {"placement": placement, "seconds": clock.seconds}
-        | more
-    )
+def _arithmetic(dtype: str, model) -> str:
+    if any(map(repacked, model.modules())):
+        return f"{dtype}; inside the 4-bit layers bfloat16, to which bitsandbytes repacks them on this CPU"
+    return dtype
 
 
 class _Clock:
@@ -243,38 +149,204 @@ class _Clock:
         self.last = now
 
 
-def _live(model):
-    """A function of a text's index and the text that gives hidden states, and the output layer for them."""
-    return lambda i, text: hidden_states(model, [text])[0], model.get_output_embeddings()
+def reference(study: Study, full, texts: list[Text], part: str) -> tuple[list[torch.Tensor], bool]:
+    """Full precision's hidden states before each text's scored tokens, in order, and whether they came from .cache.
 
-
-def _store(texts: list[Text], model, scratch: Path, clock: _Clock) -> Path:
-    states = {str(i): hidden_states(model, [text])[0].cpu().contiguous() for i, text in enumerate(texts)}
-    save_file(states, scratch / "states.safetensors")
-    clock("reading")
-    return scratch / "states.safetensors"
-
-
-def _stored(path: Path, head):
-    def states(i: int, text: Text) -> torch.Tensor:
+    The file's name holds a checksum over the weights' files, dtype, device, versions and tokens; `part` names what was
+    read. A file of other tokens or weights is replaced.
+    """
+    weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(models.prepare(study)).iterdir())]
+    device = torch.cuda.get_device_name() if full.info["device"] == "cuda" else "cpu"
+    digest = hashlib.sha256(repr([weights, device, torch.__version__, transformers.__version__]).encode())
+    for text in texts:
+        digest.update(text.ids.numpy().tobytes() + text.turn.tobytes())
+    name = f"{study.study}-{full.info['dtype']}-{device.split()[0].lower()}-{part}"
+    path = CACHE / "fidelity" / f"{name}-{digest.hexdigest()[:16]}.safetensors"
+    try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(str(i)).to(head.weight.device)
+            return [file.get_tensor(str(i)).to(full.model.device) for i in range(len(texts))], True
+    except (OSError, SafetensorError):  # not there, or not whole
+        states = [hidden_states(full.model, [text])[0] for text in texts]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            save_file({str(i): s.cpu().contiguous() for i, s in enumerate(states)}, f"{scratch}/states")
+            for old in path.parent.glob(f"{name}-*"):
+                old.unlink(missing_ok=True)
+            os.replace(f"{scratch}/states", path)
+    except (OSError, SafetensorError):  # a full disk only costs time
+        path.unlink(missing_ok=True)
+    return states, False
 
-    return states, head
+
+def position_metrics(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
+    """From logits (n, vocabulary) and the tokens that follow (n,), per position: kl, nll_full and nll (nats), agreement
+    (0 or 1), change (of the following token's probability), confidence (largest probability in full precision).
+
+    In float64: in float32 a sum over a vocabulary is wrong by 1e-7, which is above the noise floor.
+    """
+    parts = []
+    for p, q, at in zip(*(x.split(ROWS[full.device.type]) for x in (full, other, targets[:, None])), strict=True):
+        p, q = p.double(), q.double()
+        (top, best), (other_top, other_best) = p.max(-1, keepdim=True), q.max(-1, keepdim=True)
+        odds = (p - top).exp_()
+        size = odds.sum(-1)
+        log_full = size.log() + top[:, 0]
+        log_other = (q - other_top).exp_().sum(-1).log() + other_top[:, 0]
+        nll_full, nll = log_full - p.gather(-1, at)[:, 0], log_other - q.gather(-1, at)[:, 0]
+        kl = (odds.mul_(p.sub_(q)).sum(-1) / size - log_full + log_other).clamp_min_(0)
+        change = (-nll).exp() - (-nll_full).exp()
+        parts.append(torch.stack([kl, nll_full, nll, (best == other_best)[:, 0].double(), change, 1 / size]).cpu())
+    names = ("kl", "nll_full", "nll", "agreement", "change", "confidence")
+    return dict(zip(names, torch.cat(parts, dim=1).numpy(), strict=True))
 
 
-def _compare_all(texts, reference, model, batch: int, clock: _Clock, progress) -> list[dict[str, np.ndarray]]:
-    (full_states, full_head), head, rows = reference, model.get_output_embeddings(), []
-    for i in range(0, len(texts), batch):
-        some = texts[i : i + batch]
-        pairs = list(
-            zip(
-                some, hidden_states(model, some), [full_states(i + k, text) for k, text in enumerate(some)], strict=True
-            )
-        )
+@torch.inference_mode()
+def compare_text(text: Text, full_states, full_head, states, head) -> dict[str, np.ndarray]:
+    """`position_metrics` of a text's scored tokens, from hidden states (scored, width) and both output layers."""
+    step, parts = chunk_positions(full_head.weight.shape[0]), []
+    targets = text.ids[torch.from_numpy(scored(text))].to(full_states.device)
+    for i in range(0, len(targets), step):
+        logits = full_head(full_states[i : i + step])
+        other = logits if states is full_states else head(states[i : i + step]).to(logits.device)
+        parts.append(position_metrics(logits, other, targets[i : i + step]))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _compare_all(texts, before, full_head, model, states, clock, progress) -> list[dict[str, np.ndarray]]:
+    """`states`: the model's own, where they are known already."""
+    head, rows = model.get_output_embeddings(), []
+    for i, text in enumerate(texts):
+        mine = states[i] if states else hidden_states(model, [text])[0]
         clock("reading")
-        rows += [compare_text(text, before, full_head, states, head) for text, states, before in pairs]
+        rows.append(compare_text(text, before[i], full_head, mine, head))
         clock("comparing")
-        if progress and (i + batch) % 12 < batch:
-            progress(f"{min(i + batch, len(texts))} of {len(texts)} dialogues compared")
+        if progress and (i + 1) % 10 == 0:
+            progress(f"{i + 1} of {len(texts)} dialogues compared")
     return rows
+
+
+def noise_floor(model, texts: list[Text], before: list[torch.Tensor], seed: int) -> list[dict]:
+    """What no difference amounts to: rows of kind, detail, dialogues, tokens, kl, kl_median, kl_p99, kl_max (nats),
+    agreement, ln_ratio. kind `batch shape`: read in padded batches; `weight rounding`: `perturb.rounding`."""
+    texts, head = texts[: FLOOR_DIALOGUES[model.device.type]], model.get_output_embeddings()
+
+    def row(kind: str, detail: str, size: int) -> dict:
+        batches = [texts[i : i + size] for i in range(0, len(texts), size)]
+        states = [s for batch in batches for s in hidden_states(model, batch)]
+        rows = [compare_text(t, b, head, s, head) for t, b, s in zip(texts, before, states)]
+        kl, agreement, ln = (
+            np.concatenate(x) for x in zip(*((r["kl"], r["agreement"], r["nll"] - r["nll_full"]) for r in rows))
+        )
+        shape = {f"kl_{name}": float(np.quantile(kl, q)) for name, q in QUANTILES.items()}
+        means = {"kl": float(kl.mean()), "agreement": float(agreement.mean()), "ln_ratio": float(ln.mean())}
+        found = {"kind": kind, "detail": detail, "dialogues": len(texts), "tokens": int(kl.size)}
+        return found | means | shape | {"kl_max": float(kl.max())}
+
+    rows = [row("batch shape", f"padded batches of {FLOOR_BATCH} instead of one dialogue at a time", FLOOR_BATCH)]
+    new, detail = perturb.rounding(model, seed)
+    with perturb.swapped(model, new):
+        return [*rows, row("weight rounding", detail, 1)]
+
+
+def summarize(texts: list[Text], rows: list[dict[str, np.ndarray]], options: dict) -> dict:
+    """Each text's `position_metrics` summed up: tokens to per_question of schema.Fidelity. Intervals resample
+    dialogues."""
+    turns = [text.turn[scored(text)] for text in texts]
+    masks = [{"story": turn == 0, "answers": turn > 0, "all": turn >= 0} for turn in turns]
+    sums = {
+        group: [_sums(row, mask[group]) for row, mask in zip(rows, masks, strict=True)] for group in (*GROUPS, "all")
+    }
+    names = [f"{text.data_set}/{text.id}" for text in texts]
+    owner, turn = np.repeat(np.arange(len(texts)), [len(t) for t in turns]), np.concatenate(turns)
+    value = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    by_group = {g: kl_summary(value["kl"][m], owner[m], options) for g, m in zip(GROUPS, (turn == 0, turn > 0))}
+    kl = kl_summary(value["kl"], owner, options)
+    return {
+        "tokens": int(owner.size),
+        "dialogues": len(texts),
+        "perplexity": {group: _perplexity(names, found, options) for group, found in sums.items()},
+        "kl": kl | {"by_group": by_group, "by_confidence": by_confidence(value)},
+        "agreement": float(value["agreement"].mean()),
+        "agreement_interval": _mean_interval(value["agreement"], owner, options),
+        "correct_token": _change(value["change"], owner, options),
+        "per_dialogue": [
+            {"id": text.id, "data_set": text.data_set} | {group: sums[group][i] for group in GROUPS}
+            for i, text in enumerate(texts)
+        ],
+        "per_question": [
+            {
+                "id": text.id,
+                "data_set": text.data_set,
+                "turn": int(number),
+                "tokens": int((turn == number).sum()),
+                "kl": float(row["kl"][turn == number].mean()),
+            }
+            for text, turn, row in zip(texts, turns, rows, strict=True)
+            for number in np.unique(turn[turn > 0])
+        ],
+    }
+
+
+def file_summary(texts: list[Text], rows: list[dict[str, np.ndarray]], of: int, options: dict) -> dict:
+    """schema.FilePerplexity of a text file's windows, which the interval resamples; `of`: how many the file has."""
+    found = _perplexity([text.id for text in texts], [_sums(row, ...) for row in rows], options)
+    sizes = {"file": texts[0].data_set, "window": len(texts[0].ids), "windows": len(texts), "windows_in_file": of}
+    return sizes | found | {"kl": float(np.concatenate([row["kl"] for row in rows]).mean())}
+
+
+def _sums(row: dict[str, np.ndarray], mask) -> dict:
+    return {"count": int(row["kl"][mask].size)} | {name: float(row[name][mask].sum()) for name in SUMS}
+
+
+def _perplexity(names: list[str], sums: list[dict], options: dict) -> dict:
+    named = {"full": "ppl_a", "quantized": "ppl_b", "ratio": "ppl_ratio", "ln_ratio": "difference"}
+    named |= {key: key for key in ("ci_low", "ci_high", "p", "reason")}
+    counted = [(name, s) for name, s in zip(names, sums, strict=True) if s["count"]]
+    if not counted:
+        return {"tokens": 0} | dict.fromkeys(named) | {"reason": "no token to predict"}
+    tokens, nll_full, nll = (np.array([s[key] for _, s in counted]) for key in ("count", "nll_full", "nll"))
+    row = statistics.log_ppl_ratio(nll_full, nll, tokens, np.array([name for name, _ in counted]), **options)
+    return {"tokens": int(tokens.sum())} | {ours: row[theirs] for ours, theirs in named.items()}
+
+
+def kl_summary(kl: np.ndarray, owner: np.ndarray, options: dict) -> dict:
+    """mean, median, p99, max (nats) of KL divergences (n,), and intervals of all but the maximum, of which a bootstrap
+    says nothing; owner (n,): each one's dialogue. None for all without any."""
+    if not kl.size:
+        return dict.fromkeys(("mean", *QUANTILES, "max", "intervals"))
+    rows = dict(zip(QUANTILES, ranks.quantiles(kl, owner, list(QUANTILES.values()), **options), strict=True))
+    intervals = {"mean": statistics.interval(kl, owner, **options)} | rows
+    return (
+        {"mean": float(kl.mean())}
+        | {name: row["quantile"] for name, row in rows.items()}
+        | {"max": float(kl.max()), "intervals": {name: _limits(row) for name, row in intervals.items()}}
+    )
+
+
+def by_confidence(value: dict[str, np.ndarray]) -> list[dict]:
+    """Rows of low, high (full precision's largest probability), count, kl (mean, nats), agreement: where full precision
+    is undecided, KL is large whatever the format (ExLlamaV3's qbench splits it so)."""
+    bucket = np.digitize(value["confidence"], BUCKETS[1:-1])
+    rows = []
+    for k, (low, high) in enumerate(itertools.pairwise(BUCKETS)):
+        mine = bucket == k
+        means = {key: float(value[key][mine].mean()) if mine.any() else None for key in ("kl", "agreement")}
+        rows.append({"low": low, "high": high, "count": int(mine.sum())} | means)
+    return rows
+
+
+def _change(change: np.ndarray, owner: np.ndarray, options: dict) -> dict:
+    square = _mean_interval(change**2, owner, options)
+    rms = {key: None if square[key] is None else float(np.sqrt(max(0, square[key]))) for key in ("ci_low", "ci_high")}
+    intervals = {"mean": _mean_interval(change, owner, options), "rms": rms | {"reason": square["reason"]}}
+    found = {"mean": float(change.mean()), "rms": float(np.sqrt((change**2).mean()))}
+    return found | {f"p{p}": float(np.percentile(change, p)) for p in (5, 50, 95)} | {"intervals": intervals}
+
+
+def _mean_interval(values: np.ndarray, owner: np.ndarray, options: dict) -> dict:
+    return _limits(statistics.interval(values, owner, **options))
+
+
+def _limits(row: dict) -> dict:
+    return {name: row[name] for name in ("ci_low", "ci_high", "reason")}

@@ -1,23 +1,26 @@
 """What a format does to the weights, layer by layer, before any text is read.
 
-    found = weights.analyse(model, block_sizes=[64, 128])     # a full-precision model; every linear layer that quantization would replace
+    found = formats.analyse(model, block_sizes=[64, 128])     # of a full-precision model, its linear layers
 
-`relative_squared_error` is ||w - q(w)||^2 / ||w||^2, over a layer or over all of them (sums over sums); `sqnr_db` is -10 log10 of it. NF4,
-FP4 and int8 are measured by quantizing and dequantizing with bitsandbytes itself. Beside them, with the same blocks and exact scales:
+`relative_squared_error` is ||w - q(w)||^2 / ||w||^2, over a layer or over all of them (sums over sums); `sqnr_db` is
+-10 log10 of it. NF4, FP4 and int8 are quantized and dequantized by bitsandbytes itself. Beside them, with the same
+blocks:
 
-    lloyd_max            the best 16 levels for this layer's own weights (helpers.codebooks): no codebook can do better
+    lloyd_max            the best 16 levels for this layer's own weights (`codebooks`): the best of all codebooks
     gaussian_lloyd_max   the best 16 levels for Gaussian weights in blocks of this size
-    uniform              16 evenly spaced levels
+    uniform              16 evenly spaced levels times absmax
+    asymmetric           16 evenly spaced levels from a block's smallest weight to its largest: two numbers a block
+                         instead of one, so it is no codebook times absmax and may beat the best of them
 
-Are the weights Gaussian? Per layer, of x = w / absmax in blocks of 64: `excess_kurtosis`, the kurtosis of x less that of a Gaussian in the
-same blocks (normalizing changes it, so 3 is not the number to subtract), and `ks_distance`, the largest difference between the
-distribution functions of x and of that Gaussian (Kolmogorov-Smirnov). A distance, because with a million weights every test rejects;
-this one because ties and the atoms at -1 and 1 do it no harm, as they do the tails of Anderson-Darling. `ks_chance` is its mean for
-as many independent Gaussian weights.
+Are the weights Gaussian? Per layer, of x = w / absmax in blocks of 64: `excess_kurtosis`, the kurtosis of x less that
+of a Gaussian in the same blocks, and `ks_distance`, the largest difference between the distribution functions of x and
+of that Gaussian (Kolmogorov-Smirnov). A distance and no test, because with a million weights every test rejects.
+`ks_chance` is its mean for as many independent Gaussian weights; `ks_curve` says how many layers are how close.
 
-Weights that were quantized before (the embedded model's: Q4_1, 16 values in a block of 32) stand on a few values a block:
-`distinct_values_per_block` shows it. Their distances from a Gaussian and the errors here are then those of a grid, not of trained
-weights; a format whose grid falls on theirs is flattered (an asymmetric 4-bit one most), and Lloyd-Max finds a local optimum only.
+Weights that were quantized before (the embedded model's: Q4_1, 16 values in a block of 32) stand on a few values a
+block: `distinct_values_per_block` shows it. Their distances and errors are then those of a grid, not of trained
+weights; a format whose grid falls on theirs is flattered, the asymmetric one most, and Lloyd-Max finds a local optimum
+only.
 """
 
 import math
@@ -29,6 +32,7 @@ from bitsandbytes import functional
 
 from helpers import StudyError
 from helpers.fidelity import codebooks
+from helpers.params import Configuration
 from helpers.setup.layers import dequantize, linear_layers, stored_dtype
 
 BLOCK_SIZE = 64
@@ -36,14 +40,16 @@ FIGURE_BINS = 128
 SHARE = {"cpu": 0.25, "cuda": 1.0}  # of every layer's weights, for the effect of block size
 STORED = {"nf4": "uint8, two weights each", "fp4": "uint8, two weights each", "int8": "int8"}  # by bitsandbytes
 OWN = ("lloyd_max", "gaussian_lloyd_max", "uniform")
+KS_GRID = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 
 
 def round_trips(weight: torch.Tensor, name: str, block_size: int = BLOCK_SIZE) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight quantized by bitsandbytes as `nf4` or `fp4` and dequantized: with exact scales, and with scales quantized in turn (double
-    quantization).
+    """A weight quantized by bitsandbytes as `nf4` or `fp4` and dequantized: with exact scales, and with scales
+    quantized in turn (double quantization).
 
-    It goes in as one row padded to whole blocks, which are the blocks that it has as a matrix: bitsandbytes 0.50.2's AVX512 kernel
-    dequantizes a matrix on the CPU wrongly if the block size does not divide its row length (576 and 128: ten times the error).
+    It goes in as one row padded to whole blocks, the blocks that it has as a matrix: bitsandbytes 0.50.2's AVX512
+    kernel dequantizes a matrix wrongly if the block size does not divide its row length (576 and 128: ten times the
+    error).
     """
     flat = weight.detach().reshape(-1)
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size))
@@ -64,6 +70,17 @@ def round_trip_int8(weight: torch.Tensor) -> torch.Tensor:
     return functional.int8_vectorwise_dequant(values, scales).to(weight.dtype)
 
 
+def round_trip_asymmetric(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> torch.Tensor:
+    """A weight rounded to 16 evenly spaced levels from the smallest to the largest of its block (exact scale and
+    zero)."""
+    flat = weight.detach().reshape(-1).float()
+    blocks = torch.cat([flat, flat[-1:].expand(-flat.numel() % block_size)]).view(-1, block_size)
+    low = blocks.amin(dim=1, keepdim=True)
+    step = ((blocks.amax(dim=1, keepdim=True) - low) / 15).clamp_min(torch.finfo(torch.float32).tiny)
+    back = ((blocks - low) / step).round() * step + low
+    return back.view(-1)[: flat.numel()].view(weight.shape).to(weight.dtype)
+
+
 def squared_error(weight: torch.Tensor, other: torch.Tensor) -> float:
     return (weight.float() - other.float()).square().sum(dtype=torch.float64).item()
 
@@ -78,7 +95,8 @@ def sqnr_db(relative_squared_error: float) -> float | None:
 
 
 def bits_per_weight(block_size: int, double_quant: bool) -> float:
-    """Four bits and a share of the block's scale: float32, or 8 bits and a float32 for 256 scales (Dettmers et al. 2023, section 3)."""
+    """Four bits and a share of the block's scale: float32, or 8 bits and a float32 for 256 scales (Dettmers et al.
+    2023, section 3). The asymmetric grid's two numbers count as 16 bits each, as in tinygemm."""
     return 4 + (8 + 32 / 256 if double_quant else 32) / block_size
 
 
@@ -87,16 +105,21 @@ def _format(error: float, size: float, **more) -> dict:
     return {"relative_squared_error": relative, "sqnr_db": sqnr_db(relative)} | more
 
 
-def own_error(full_model, model) -> dict:
-    """What a quantized model's weights lost against full precision's: relative_squared_error, sqnr_db, dtype of the stored weights, and the
-    error of each layer by name."""
-    full, total, size, layers, stored = linear_layers(full_model), 0.0, 0.0, {}, set()
+def own_error(full_model, model, configuration: Configuration) -> dict:
+    """What a quantized model's weights lost against full precision's: schema.FormatError. Raises StudyError if there is
+    nothing to compare."""
+    if configuration.quantization.method == "awq":
+        raise StudyError("AWQ moves scales into neighbouring layers: not comparable")
+    total, size, stored = 0.0, 0.0, set()
     for name, module in linear_layers(model).items():
-        weight = full[name].weight
-        error, mine = squared_error(weight, dequantize(module).to(weight.device)), squared_size(weight)
-        layers[name], total, size = error / mine, total + error, size + mine
+        original = full_model.get_submodule(name)
+        weight = original.weight.T if type(original).__name__ == "Conv1D" else original.weight  # GPT-2's layers
+        total += squared_error(weight, dequantize(module).to(weight.device))
+        size += squared_size(weight)
         stored.add(stored_dtype(module))
-    return _format(total, size, dtype=", ".join(sorted(stored)), layers=layers)
+    if not size:
+        raise StudyError(f"{type(model).__name__} has no linear layers besides its output layer")
+    return _format(total, size, dtype=", ".join(sorted(stored)))
 
 
 def kind_and_depth(name: str) -> tuple[str, int | None]:
@@ -135,25 +158,14 @@ def distinct_values_per_block(weight: torch.Tensor, block_size: int = BLOCK_SIZE
 
 
 def analyse(model, block_sizes: list[int], progress=None) -> dict:
-    """Errors, codebooks and shape of a full-precision model's linear layers.
+    """Errors, codebooks and shape of a full-precision model's linear layers: schema.WeightErrors.
 
-    Returns
-        block_size        64, for everything but `block_sizes`
-        codebooks         name -> levels (sorted), distinct, largest_gap_over_smallest, uniform; lloyd_max: for all layers together
-        formats           name -> relative_squared_error, sqnr_db, dtype; exact scales (no double quantization)
-        layers            rows of layer, kind, depth, weights (their number), excess_kurtosis, excess_kurtosis_raw (of w itself, less 3),
-                          ks_distance, ks_chance, distinct_values_per_block, errors (format -> relative_squared_error)
-        block_sizes       rows of format, block_size, double_quant, bits_per_weight, relative_squared_error, sqnr_db; of the first
-                          `block_sizes_share` of every layer's weights, the same for all sizes (a CPU takes a quarter)
-        histogram         edges, density (of x, all layers), gaussian_density: over 128 bins from -1 to 1
-        gaussian          what Gaussian weights would have: format -> relative_squared_error; excess_kurtosis of x, less 3
-        seconds           for all of this
+    All at a block size of 64 but the sweep `block_sizes`, which takes the first `block_sizes_share` of every layer (a
+    CPU a quarter). Raises StudyError if the model has no linear layers besides its output layer.
     """
     start, layers = time.perf_counter(), linear_layers(model)
     if not layers:
-        raise StudyError(
-            f"{type(model).__name__} has no linear layers besides its output layer: there are no weights to analyse"
-        )
+        raise StudyError(f"{type(model).__name__} has no linear layers besides its output layer: no weights to analyse")
     rows, counts = _shapes(layers)
     whole = {name: m.weight.detach() for name, m in layers.items()}
     at_64 = _one_block_size(whole, BLOCK_SIZE)
@@ -172,6 +184,7 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
         "codebooks": {name: codebooks.describe(levels) for name, levels in at_64["levels"].items()},
         "formats": at_64["formats"],
         "layers": rows,
+        "ks_curve": ks_curve(rows),
         "block_sizes": table,
         "block_sizes_share": share,
         "histogram": {
@@ -182,6 +195,13 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
         "gaussian": at_64["gaussian"] | {"excess_kurtosis": _density_kurtosis(gaussian)},
         "seconds": time.perf_counter() - start,
     }
+
+
+def ks_curve(rows: list[dict]) -> list[dict]:
+    """Rows of at_most (KS distance), and the share of layers and of weights that are no further from a Gaussian."""
+    count = sum(row["weights"] for row in rows)
+    near = {cut: [row["weights"] for row in rows if row["ks_distance"] <= cut] for cut in KS_GRID}
+    return [{"at_most": cut, "layers": len(n) / len(rows), "weights": sum(n) / count} for cut, n in near.items()]
 
 
 def _figure_density(mass: torch.Tensor) -> list[float]:
@@ -223,8 +243,8 @@ def _beginning(weight: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def _one_block_size(layers: dict[str, torch.Tensor], size: int) -> dict:
-    """Errors of all formats in blocks of `size`: by layer, for all together, for Gaussian weights; and the codebooks. int8, with a scale
-    a row, only of matrices."""
+    """Errors of all formats in blocks of `size`: by layer, for all together, for Gaussian weights; and the codebooks.
+    int8, with a scale a row, only of matrices."""
     sizes = {name: squared_size(weight) for name, weight in layers.items()}
     errors = {name: {} for name in layers}
     table = {}  # (format, double_quant) -> summed squared error
@@ -233,6 +253,7 @@ def _one_block_size(layers: dict[str, torch.Tensor], size: int) -> dict:
         back = {
             (kind, double): q for kind in ("nf4", "fp4") for double, q in enumerate(round_trips(weight, kind, size))
         }
+        back["asymmetric", False] = round_trip_asymmetric(weight, size)
         if weight.ndim == 2:
             back["int8", False] = round_trip_int8(weight)
         for (kind, double), quantized in back.items():
@@ -254,7 +275,7 @@ def _one_block_size(layers: dict[str, torch.Tensor], size: int) -> dict:
             errors[name][kind] = value
         table[kind, False] = sum(value * sizes[name] for name, value in zip(layers, relative.tolist(), strict=True))
     whole = sum(sizes.values())
-    order = [kind for kind in ("nf4", "fp4", "int8", *OWN) if (kind, False) in table]
+    order = [kind for kind in ("nf4", "fp4", "int8", *OWN, "asymmetric") if (kind, False) in table]
     return {
         "levels": {kind: levels[kind] for kind in ("nf4", "fp4", "lloyd_max", "gaussian_lloyd_max", "uniform")},
         "errors": {name: {kind: found[kind] for kind in order} for name, found in errors.items()},
@@ -278,7 +299,8 @@ def _one_block_size(layers: dict[str, torch.Tensor], size: int) -> dict:
 
 
 def _best(distribution: codebooks.Density, levels: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lloyd-Max from the Gaussian's optimum and from NF4, whichever ends lower: a grid of weights has several local optima."""
+    """Lloyd-Max from the Gaussian's optimum and from NF4, whichever ends lower: a grid of weights has several local
+    optima."""
     (a, error_a), (b, error_b) = (
         codebooks.lloyd_max(distribution, torch.tensor(levels[n])) for n in ("gaussian_lloyd_max", "nf4")
     )

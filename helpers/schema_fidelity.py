@@ -1,0 +1,281 @@
+"""What 03_fidelity and 03_weights write: every key, with its unit. See helpers.schema."""
+
+from helpers.schema_base import Exact, Interval, NotDone
+
+
+class Perplexity(Exact):
+    tokens: int  # scored
+    full: float | None  # full precision's perplexity
+    quantized: float | None  # this configuration's
+    ratio: float | None  # quantized / full
+    ln_ratio: float | None  # ln of it, nats per token
+    ci_low: float | None  # of ln_ratio
+    ci_high: float | None
+    p: float | None  # sign-flip test over dialogues
+    reason: str | None  # why there is no interval
+
+
+class FilePerplexity(Perplexity):
+    """A text file in llama.cpp's windows, of which the second half is scored; the interval resamples windows."""
+
+    file: str  # its name
+    window: int  # tokens of a window
+    windows: int  # read; a CPU reads the first ten
+    windows_in_file: int
+    kl: float  # mean, nats
+
+
+class Divergence(Exact):
+    """KL(full || quantized) over positions, nats; None where there is none."""
+
+    mean: float | None
+    median: float | None
+    p99: float | None
+    max: float | None
+    intervals: dict[str, Interval] | None = None  # of mean, median, p99
+
+
+class Bucket(Exact):
+    """Positions by full precision's largest probability."""
+
+    low: float
+    high: float
+    count: int
+    kl: float | None  # mean, nats
+    agreement: float | None  # share
+
+
+class KL(Divergence):
+    by_group: dict[str, Divergence] | None = None  # story, answers
+    by_confidence: list[Bucket] | None = None
+
+
+class CorrectToken(Exact):
+    """Change of the probability of the token that stands in the text, quantized minus full."""
+
+    mean: float
+    rms: float  # root mean square
+    p5: float  # percentiles
+    p50: float
+    p95: float
+    intervals: dict[str, Interval]  # of mean, rms
+
+
+class Sums(Exact):
+    count: int  # tokens
+    nll_full: float  # summed negative log-probability, nats
+    nll: float
+    kl: float  # summed, nats
+    agreement: float  # positions with the same most likely token
+
+
+class DialogueSums(Exact):
+    id: str
+    data_set: str | None = None
+    story: Sums
+    answers: Sums
+
+
+class QuestionDivergence(Exact):
+    id: str
+    data_set: str | None = None
+    turn: int  # from 1
+    tokens: int  # of the gold answer
+    kl: float  # mean over them, nats
+
+
+class LeftOut(Exact):
+    data_set: str
+    dialogue: str
+    tokens: int
+    reason: str
+
+
+class Baseline(Exact):
+    """Full precision that this configuration is compared with: in its own dtype."""
+
+    dtype: str
+    device: str  # cpu or cuda
+    from_cache: bool  # its hidden states came from .cache, where another configuration's run had left them
+
+
+class Floor(Exact):
+    """What no difference amounts to: full precision compared with itself."""
+
+    kind: str  # batch shape; weight rounding
+    detail: str  # in words
+    dialogues: int
+    tokens: int
+    kl: float  # mean, nats
+    kl_median: float
+    kl_p99: float
+    kl_max: float
+    agreement: float  # share
+    ln_ratio: float  # of perplexities
+
+
+class FormatError(Exact):
+    relative_squared_error: float | None  # ||w - q(w)||^2 / ||w||^2 over all linear layers
+    sqnr_db: float | None  # -10 log10 of it
+    dtype: str | None  # of the stored weights
+
+
+class OwnError(Exact):
+    formats: dict[str, FormatError | NotDone]  # of this configuration
+
+
+class Fidelity(Exact):
+    tokens: int  # compared
+    dialogues: int
+    perplexity: dict[str, Perplexity]  # story, answers, all
+    kl: KL  # over all positions
+    agreement: float  # share of positions with the same most likely token
+    agreement_interval: Interval
+    correct_token: CorrectToken
+    per_dialogue: list[DialogueSums]
+    per_question: list[QuestionDivergence]
+    left_out: list[LeftOut] | None = None  # dialogues longer than the model takes
+    baseline: Baseline | None = None
+    arithmetic: str  # dtype of the computation
+    weights: OwnError | None = None  # None: full precision
+    floor: list[Floor] | NotDone | None = None  # full precision's result alone has it, for its own dtype
+    text: FilePerplexity | NotDone | None = None  # of fidelity.text; None: no file named
+    seconds: dict[str, float]  # loading, reading, floor, weights, comparing
+
+
+class Codebook(Exact):
+    levels: list[float]  # sorted, in [-1, 1]
+    distinct: int
+    largest_gap_over_smallest: float
+    uniform: bool  # the ratio is below 1.01
+
+
+class Layer(Exact):
+    layer: str
+    kind: str  # q_proj, ...
+    depth: int | None
+    weights: int  # their number
+    excess_kurtosis: float  # of w / absmax in blocks of 64, less a Gaussian's in the same blocks
+    excess_kurtosis_raw: float  # of w, less 3
+    ks_distance: float  # from that Gaussian
+    ks_chance: float  # its mean for as many Gaussian weights
+    distinct_values_per_block: float  # mean over the first blocks
+    errors: dict[str, float]  # format -> relative squared error
+
+
+class KSShare(Exact):
+    at_most: float  # KS distance
+    layers: float  # share of them
+    weights: float  # share of them
+
+
+class BlockSize(Exact):
+    format: str
+    block_size: int
+    double_quant: bool
+    bits_per_weight: float
+    relative_squared_error: float
+    sqnr_db: float | None
+    ppl: float | None = None  # all linear layers in this format; None: not read
+    ln_ratio: float | None = None  # ln(ppl / full precision's)
+
+
+class BlockSizeTexts(Exact):
+    texts: int  # dialogues, or their beginnings on a CPU
+    tokens: int
+    ppl_full: float
+    reason: str | None  # why sizes have no perplexity
+
+
+class Histogram(Exact):
+    edges: list[float]  # of w / absmax
+    density: list[float]  # of all layers together
+    gaussian_density: list[float]
+
+
+class WeightErrors(Exact):
+    block_size: int  # of everything but block_sizes
+    codebooks: dict[str, Codebook]
+    formats: dict[str, FormatError]
+    layers: list[Layer]
+    ks_curve: list[KSShare] | None = None
+    block_sizes: list[BlockSize]
+    block_sizes_share: float  # of every layer's weights
+    block_sizes_read: BlockSizeTexts | NotDone | None = None  # what ppl was read on
+    histogram: Histogram
+    gaussian: dict[str, float]  # Gaussian weights: format -> relative squared error; excess_kurtosis of w / absmax
+    seconds: float
+
+
+class Loss(Exact):
+    format: str
+    relative_squared_error: float  # of the weights that were quantized
+    ln_ratio: float  # of perplexity
+    kl: float  # mean, nats
+
+
+class BlockLoss(Loss):
+    depth: int
+
+
+class Correlation(Exact):
+    """Spearman's, of relative_squared_error with kl and with ln_ratio; None where one does not vary."""
+
+    n: int
+    kl: float | None
+    kl_p: float | None  # None below ten rows
+    ln_ratio: float | None
+    ln_ratio_p: float | None
+
+
+class SignTest(Exact):
+    count: int  # blocks in which FP4 has the larger KL
+    n: int
+    p: float | None
+
+
+class Sensitivity(Exact):
+    texts: int  # whose beginnings were read
+    tokens: int
+    layers: list[BlockLoss]  # one block of layers quantized at a time
+    formats: list[Loss]  # all layers
+    spearman: dict[str, Correlation]  # layers_nf4, layers_fp4, formats
+    fp4_loses_more: SignTest
+    seconds: float
+
+
+class Difference(Interval):
+    difference: float  # from full precision
+    p: float | None
+
+
+class NoiseRow(Exact):
+    kind: str  # nf4; block, layer, signs, permuted: helpers/fidelity/perturb.py
+    seed: int | None
+    relative_squared_error: float
+    ppl: float
+    log_ppl_ratio: Difference
+    f1: Difference | None  # None: not scored
+
+
+class FullScore(Exact):
+    ppl: float
+    f1: float | None
+
+
+class Noise(Exact):
+    dialogues: int
+    tokens: int  # scored
+    full: FullScore
+    nf4: NoiseRow
+    seeds: list[NoiseRow]
+    seconds: float
+
+
+class Weights(Exact):
+    """What formats do to the full-precision weights, once per study."""
+
+    weights: WeightErrors | NotDone
+    sensitivity: Sensitivity | NotDone
+    noise: Noise | NotDone
+    left_out: list[LeftOut] | None = None

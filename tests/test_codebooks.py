@@ -27,7 +27,7 @@ def test_lloyd_max_of_a_gaussian_is_the_published_quantizer():
 
 @pytest.mark.parametrize("block_size", [64, 1024])
 def test_gaussian_blocks_against_their_maxima(block_size):
-    """The sum of m^2 x^2 over a block is that of z^2: weighted by m^2, x^2 has mean 1 / E[m^2]; m drawn by inversion."""
+    """The sum of m^2 x^2 over a block is that of z^2: weighted by m^2, x^2 has mean 1 / E[m^2]. m by inversion."""
     m = norm.isf((1 - np.random.default_rng(0).random(400_000) ** (1 / block_size)) / 2)
     weighted = codebooks.gaussian_blocks(block_size)
     assert weighted.mass.sum().item() == pytest.approx(1, abs=1e-9)

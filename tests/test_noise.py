@@ -1,56 +1,96 @@
 """Perturbed weights: what is put in, what comes out, and that everything is put back."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest, rankdata
 
 from helpers import StudyError
-from helpers.fidelity import codebooks, noise, sensitivity
-from helpers.fidelity import compare as fidelity
-from helpers.fidelity import formats as weights
+from helpers.fidelity import codebooks, compare, formats, perturb, texts
 from helpers.setup import coqa
+from helpers.setup.layers import linear_layers
+
+OPTIONS = {"confidence": 0.95, "resamples": 200, "seed": 1}
+
+
+BLOCKS = 4
 
 
 @pytest.fixture(scope="module")
-def model(load):
+def whole(load):
     return load("fp16").model
 
 
 @pytest.fixture(scope="module")
-def texts(load):
-    return fidelity.encode(coqa.read("embedded", 1), load("fp16").tokenizer)
+def model(whole):
+    """The embedded model's first blocks, with its embedding and output layer."""
+    config = copy.deepcopy(whole.config)
+    config.num_hidden_layers, config.layer_types = BLOCKS, None
+    with torch.device("meta"):
+        small = type(whole)(config).eval()
+    for name in ("embed_tokens", "norm", "rotary_emb"):
+        setattr(small.model, name, getattr(whole.model, name))
+    small.model.layers, small.lm_head = whole.model.layers[:BLOCKS], whole.lm_head
+    return small
 
 
 @pytest.fixture(scope="module")
-def short(texts):
-    return [fidelity.Text(texts[0].id, texts[0].ids[:48], texts[0].turn[:48])]
+def short(load):
+    (text,), _ = texts.encode(coqa.read("embedded", 1), load("fp16").tokenizer)
+    return [text._replace(ids=text.ids[:48], turn=text.turn[:48])]
 
 
 def test_swapped_weights_are_put_back_even_after_an_error(model):
     name = "model.layers.2.mlp.up_proj"
     layer = model.get_submodule(name)
     before = layer.weight.detach().clone()
-    with pytest.raises(KeyError), noise.swapped(model, {name: torch.zeros_like(before)}):
+    with pytest.raises(KeyError), perturb.swapped(model, {name: torch.zeros_like(before)}):
         assert layer.weight.abs().max() == 0
         raise KeyError
     assert torch.equal(layer.weight, before)
 
 
-def test_noise_has_the_asked_size_and_is_gaussian(model):
-    errors = {"model.layers.2.mlp.up_proj": 0.0087, "model.layers.5.self_attn.q_proj": 0.02}
-    found = noise.gaussian(model, errors, seed=4)
-    for name, error in errors.items():
-        weight = model.get_submodule(name).weight.detach()
-        added = (found[name] - weight).double().flatten().numpy()
-        assert (added**2).sum() / (weight.double() ** 2).sum().item() == pytest.approx(error, rel=1e-4)
-        assert kstest(added[:50_000] / added.std(), "norm").pvalue > 1e-3
-    again, other = noise.gaussian(model, errors, seed=4), noise.gaussian(model, errors, seed=5)
-    for name in errors:
-        assert torch.equal(found[name], again[name]) and not torch.equal(found[name], other[name])
+def test_noise_has_the_asked_size_and_kind(model):
+    name = "model.layers.3.self_attn.q_proj"
+    weight = model.get_submodule(name).weight.detach()
+    quantized = {name: formats.round_trips(weight, "nf4")[1]}
+    error = (quantized[name] - weight).view(-1, 64)
+    added = {k: (perturb.noisy(model, quantized, k, 4)[name] - weight).view(-1, 64) for k in perturb.NOISE}
+    for kind, noise in added.items():
+        assert noise.norm().item() == pytest.approx(error.norm().item(), rel=1e-3)
+        same = torch.allclose(noise.norm(dim=1), error.norm(dim=1), rtol=1e-2)
+        assert same == (kind != "layer")
+    gaussian = added["layer"].flatten()[:50_000].double().numpy()
+    assert kstest(gaussian / gaussian.std(), "norm").pvalue > 1e-3
+    torch.testing.assert_close(added["signs"].abs(), error.abs(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(added["permuted"].sort(1).values, error.sort(1).values, rtol=1e-3, atol=1e-6)
+    again, other = (perturb.noisy(model, quantized, "block", seed)[name] - weight for seed in (4, 5))
+    assert torch.equal(again.view(-1, 64), added["block"]) and not torch.equal(other, again)
 
 
-def test_measure(model, short, study):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rounding_moves_three_weights_of_ten_by_one_step(dtype):
+    class One(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(300, 300, bias=False, dtype=dtype)
+
+        def get_output_embeddings(self):
+            return None
+
+    model = One()
+    new, detail = perturb.rounding(model, 0)
+    power = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}[dtype]
+    assert f"2^-{power}" in detail and f"{dtype}".removeprefix("torch.") in detail
+    weight = model.a.weight.detach()
+    step = (new["a"].double() - weight.double()).abs() / weight.double().abs()
+    assert (step <= 2 * torch.finfo(dtype).eps).all()
+    assert 0.2 < (step > 0).double().mean() < 0.45
+
+
+def test_noise(model, short):
     calls = []
 
     def score(current):
@@ -58,89 +98,87 @@ def test_measure(model, short, study):
         return [0.5 - 0.1 * (len(calls) > 1)] * 3, ["a", "a", "b"]
 
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
-    found = noise.measure(model, short, [0, 1], score=score)
+    found = perturb.noise(model, short, [0, 1], OPTIONS, score=score)
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before) and torch.equal(calls[0], before)
     assert len(calls) == 4 and not any(torch.equal(a, before) for a in calls[1:])
+    kinds = [("block", 0), ("block", 1), ("layer", 0), ("signs", 0), ("permuted", 0)]
+    assert [(row["kind"], row["seed"]) for row in found["seeds"]] == kinds
     size = found["nf4"]["relative_squared_error"]
-    assert [row["relative_squared_error"] for row in found["seeds"]] == pytest.approx([size, size], rel=1e-3)
-    assert found["tokens"] == len(fidelity.scored(short[0])) and found["dialogues"] == 1
+    assert found["tokens"] == len(texts.scored(short[0])) and found["dialogues"] == 1
     for row in (found["nf4"], *found["seeds"]):
+        assert row["relative_squared_error"] == pytest.approx(size, rel=1e-3)
         assert row["log_ppl_ratio"]["difference"] == pytest.approx(np.log(row["ppl"] / found["full"]["ppl"]))
-        assert row["f1"]["difference"] == pytest.approx(-0.1) and row["f1"]["ci_low"] is None
-    assert found["seeds"][0]["ppl"] != found["seeds"][1]["ppl"]
+        assert (row["f1"] is not None) == (row["kind"] in ("nf4", "block"))
+    assert found["nf4"]["f1"]["difference"] == pytest.approx(-0.1) and found["nf4"]["f1"]["ci_low"] is None
 
 
-def test_nf4_swapped_in_is_the_nf4_configuration(model, load, texts):
+def test_nf4_swapped_in_is_the_nf4_configuration(whole, load, short):
     """The dequantized weights in the full-precision model predict as bitsandbytes' own layers do."""
-    with noise.swapped(model, noise.nf4(model)):
-        ours = fidelity.nll_sums(model, texts)
-    assert ours[0][0] == pytest.approx(
-        fidelity.nll_sums(load("nf4").model, texts)[0][0], rel=1e-3
-    )  # bfloat16 on some CPUs
+    with perturb.swapped(whole, perturb.nf4(whole)):
+        ours = texts.nll_sums(whole, short)
+    theirs = texts.nll_sums(load("nf4").model, short)
+    assert ours[0][0] == pytest.approx(theirs[0][0], rel=2e-3)  # bfloat16 on some CPUs
 
 
 def test_a_score_of_other_questions_is_an_error(model, short):
     ids = iter([["a", "b"], ["a", "c"]])
     with pytest.raises(StudyError, match="other questions"):
-        noise.measure(model, short, [], score=lambda m: ([0.1, 0.2], next(ids)))
+        perturb.noise(model, short, [], OPTIONS, score=lambda m: ([0.1, 0.2], next(ids)))
 
 
-def test_f1_comes_from_the_evaluation(load, study, monkeypatch):
-    from helpers.evaluate import run as evaluation
-
-    asked = []
-
-    def evaluate(study, loaded):
-        asked.append((study.data.dialogues, study.evaluation.max_gen_toks, loaded.model))
-        return {"samples": {evaluation.DIALOGUES: [{"f1": 0.25, "doc": {"id": "d", "turn": 1}}]}}
-
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    marker = object()
-    assert noise.f1_scorer(study, load("fp16"))(marker) == ([0.25], ["d"])
-    assert asked == [(noise.DIALOGUES["cpu"], noise.ANSWER_TOKENS, marker)]
-    few = study.model_copy(update={"data": study.data.model_copy(update={"dialogues": 2})})
-    noise.f1_scorer(few, load("fp16"))(marker)
-    assert asked[-1][0] == 2
+def test_perplexity_of_block_sizes(model, short):
+    rows = [
+        {"format": kind, "block_size": size, "double_quant": double}
+        for kind, size, double in (("nf4", 64, False), ("nf4", 64, True), ("fp4", 1024, False), ("nf4", 128, False))
+    ]
+    rows.append({"format": "uniform", "block_size": 64, "double_quant": False})
+    found = perturb.block_sizes(model, short, rows)
+    assert [row["ppl"] is not None for row in rows] == [True, False, True, False, False]
+    assert "64 and 1024" in found["reason"] and found["tokens"] == len(texts.scored(short[0]))
+    new = {n: formats.round_trips(m.weight, "fp4", 1024)[0] for n, m in linear_layers(model).items()}
+    with perturb.swapped(model, new):
+        assert rows[2]["ppl"] == pytest.approx(texts.perplexity(texts.nll_sums(model, short)))
+    assert rows[0]["ln_ratio"] == pytest.approx(np.log(rows[0]["ppl"] / found["ppl_full"]))
 
 
 def test_starting_at_a_block_is_exact(model, short):
     """With the blocks before it skipped, a changed block leads to the same loss as a whole forward pass."""
-    blocks = sensitivity._blocks(model)
-    entering, reference = sensitivity._reference(model, blocks, short)
+    blocks = perturb._blocks(model)
+    entering, reference = perturb._reference(model, blocks, short)
     assert len(entering) == len(blocks)
-    name = "model.layers.20.mlp.down_proj"
-    new = {name: weights.round_trips(model.get_submodule(name).weight, "fp4")[0]}
-    with noise.swapped(model, new):
-        whole = sensitivity._loss(model, short, reference)
-        with sensitivity._starting_at(blocks, 20, entering):
-            skipped = sensitivity._loss(model, short, reference)
+    name = "model.layers.2.mlp.down_proj"
+    new = {name: formats.round_trips(model.get_submodule(name).weight, "fp4")[0]}
+    with perturb.swapped(model, new):
+        whole = perturb._loss(model, short, reference)
+        with perturb._starting_at(blocks, 2, entering):
+            skipped = perturb._loss(model, short, reference)
     assert skipped == pytest.approx(whole, rel=1e-3, abs=1e-6) and whole["kl"] > 0
-    unchanged = sensitivity._loss(model, short, reference)
+    unchanged = perturb._loss(model, short, reference)
     assert unchanged["kl"] == pytest.approx(0, abs=1e-5) and "forward" not in blocks[0].__dict__
 
 
 def test_loss_is_what_the_comparison_says(model, short):
-    _, reference = sensitivity._reference(model, sensitivity._blocks(model), short)
-    before, head = fidelity.hidden_states(model, short)[0], model.get_output_embeddings()
-    with noise.swapped(model, noise.nf4(model)):
-        loss = sensitivity._loss(model, short, reference)
-        found = fidelity.compare_text(short[0], before, head, fidelity.hidden_states(model, short)[0], head)
+    _, reference = perturb._reference(model, perturb._blocks(model), short)
+    before, head = texts.hidden_states(model, short)[0], model.get_output_embeddings()
+    with perturb.swapped(model, perturb.nf4(model)):
+        loss = perturb._loss(model, short, reference)
+        found = compare.compare_text(short[0], before, head, texts.hidden_states(model, short)[0], head)
     assert loss["kl"] == pytest.approx(found["kl"].mean(), rel=1e-4)
     assert loss["ln_ratio"] == pytest.approx((found["nll"] - found["nll_full"]).mean(), abs=1e-5)
 
 
 def test_sensitivity(model, short, monkeypatch):
-    monkeypatch.setattr(sensitivity, "FORMATS", ("int8", "nf4", "uniform", "fp4"))
-    found = sensitivity.measure(model, short, {"uniform": codebooks.uniform()})
-    assert len(found["layers"]) == 2 * len(model.model.layers) and found["tokens"] == len(fidelity.scored(short[0]))
+    monkeypatch.setattr(perturb, "FORMATS", ("int8", "nf4", "uniform", "asymmetric", "fp4"))
+    found = perturb.sensitivity(model, short, {"uniform": codebooks.uniform()})
+    assert len(found["layers"]) == 2 * len(model.model.layers) and found["tokens"] == len(texts.scored(short[0]))
     kl = {row["format"]: row["kl"] for row in found["formats"]}
     assert 0 < kl["int8"] < kl["nf4"] < kl["fp4"]
     blocks = [row["kl"] for row in found["layers"] if row["format"] == "nf4"]
     assert all(0 < value < 10 * kl["nf4"] for value in blocks)
-    assert found["spearman"]["layers_nf4"]["n"] == 30 and found["spearman"]["layers_nf4"]["kl_p"] is not None
+    assert found["spearman"]["layers_nf4"]["n"] == BLOCKS
     fp4 = [row["kl"] for row in found["layers"] if row["format"] == "fp4"]
-    assert found["fp4_loses_more"]["count"] == sum(b > a for a, b in zip(blocks, fp4, strict=True)) > 20
-    assert found["spearman"]["formats"]["n"] == 4 and found["spearman"]["formats"]["kl_p"] is None
+    assert found["fp4_loses_more"]["count"] == sum(b > a for a, b in zip(blocks, fp4, strict=True))
+    assert found["spearman"]["formats"]["n"] == 5 and found["spearman"]["formats"]["kl_p"] is None
 
 
 def test_spearman_is_pearson_of_ranks():
@@ -150,16 +188,16 @@ def test_spearman_is_pearson_of_ranks():
         for e, n in zip(rng.random(20), rng.normal(0, 0.2, 20), strict=True)
     ]
     error, kl = ([row[key] for row in rows] for key in ("relative_squared_error", "kl"))
-    found = sensitivity.spearman(rows)
+    found = perturb.spearman(rows)
     assert found["kl"] == pytest.approx(np.corrcoef(rankdata(error), rankdata(kl))[0, 1])
     assert found["ln_ratio"] is None and found["n"] == 20
 
 
 def test_sign_test_in_closed_form():
     # 9 of 10: 2 * (1 + 10) / 2^10
-    found = sensitivity.sign_test([1.0] * 9 + [-0.5, 0.0])
+    found = perturb.sign_test([1.0] * 9 + [-0.5, 0.0])
     assert (found["count"], found["n"]) == (9, 10) and found["p"] == pytest.approx(22 / 1024)
-    assert sensitivity.sign_test([0.0])["p"] is None
+    assert perturb.sign_test([0.0])["p"] is None
 
 
 def test_a_model_without_a_list_of_blocks_is_refused():
@@ -167,4 +205,4 @@ def test_a_model_without_a_list_of_blocks_is_refused():
         base_model = torch.nn.Linear(2, 2)
 
     with pytest.raises(StudyError, match="no list of blocks"):
-        sensitivity._blocks(Other())
+        perturb._blocks(Other())

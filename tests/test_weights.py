@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 from bitsandbytes import functional
 
-from helpers import StudyError
+from helpers import StudyError, params
 from helpers.fidelity import codebooks
 from helpers.fidelity import formats as weights
 from helpers.setup.layers import dequantize, linear_layers, repacked
@@ -67,6 +67,16 @@ def test_round_trip_int8_is_rounding_by_row():
     assert ((weights.round_trip_int8(weight) - expected).abs() > 1e-4).double().mean() < 0.02
 
 
+def test_round_trip_asymmetric_is_rounding_between_extremes():
+    weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(5)) + 0.3
+    found = weights.round_trip_asymmetric(weight, 64).flatten()
+    for start in range(0, weight.numel(), 64):
+        block, ours = weight.flatten()[start : start + 64], found[start : start + 64]
+        levels = torch.linspace(block.min().item(), block.max().item(), 16)
+        torch.testing.assert_close(ours, levels[(block[:, None] - levels).abs().argmin(1)], rtol=1e-5, atol=1e-6)
+    assert torch.equal(weights.round_trip_asymmetric(torch.full((2, 64), 0.5)), torch.full((2, 64), 0.5))
+
+
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
 def test_a_loaded_model_holds_what_round_trip_says(load, name):
     full, quantized = load("fp16").model, load(name).model
@@ -100,11 +110,11 @@ def test_a_packed_weight_without_dequantization_is_asked_for_the_image_of_the_id
     layer = torch.nn.Linear(8, 4, bias=True)
     weight = layer.weight.detach().clone()
 
-    def dequantize():
+    def fails():
         raise NotImplementedError("aten.dequantize")
 
     layer.weight.__tensor_flatten__ = lambda: None
-    layer.weight.dequantize = dequantize
+    layer.weight.dequantize = fails
     torch.testing.assert_close(dequantize(layer), weight)
 
 
@@ -122,17 +132,17 @@ def test_the_identity_agrees_with_bitsandbytes(load):
 
 def test_own_error_is_the_error_of_every_weight(load):
     full, quantized = load("fp16").model, load("nf4").model
-    own = weights.own_error(full, quantized)
-    pairs = {n: (full.get_submodule(n).weight.detach(), dequantize(quantized.get_submodule(n))) for n in own["layers"]}
-    flat = [torch.cat([side[k].flatten() for side in pairs.values()]).double().numpy() for k in (0, 1)]
+    configuration = params.read_configuration("smollm2-135m", "nf4")
+    own = weights.own_error(full, quantized, configuration)
+    layers = linear_layers(full)
+    pairs = [(m.weight.detach(), dequantize(quantized.get_submodule(name))) for name, m in layers.items()]
+    flat = [torch.cat([pair[k].flatten() for pair in pairs]).double().numpy() for k in (0, 1)]
     expected = np.sum((flat[0] - flat[1]) ** 2) / np.sum(flat[0] ** 2)
     assert own["relative_squared_error"] == pytest.approx(expected, rel=1e-6)
     assert own["sqnr_db"] == pytest.approx(10 * math.log10(1 / expected))
-    assert own["dtype"] == "uint8, two weights each" and len(own["layers"]) == 210
-    assert (
-        weights.own_error(full, full)["relative_squared_error"] == 0
-        and weights.own_error(full, full)["sqnr_db"] is None
-    )
+    assert own["dtype"] == "uint8, two weights each"
+    nothing = weights.own_error(full, full, configuration)
+    assert nothing["relative_squared_error"] == 0 and nothing["sqnr_db"] is None
 
 
 def test_formats_in_order(found):
@@ -146,7 +156,7 @@ def test_formats_in_order(found):
         < error["fp4"]
     )
     for row in found["layers"]:
-        assert row["errors"]["lloyd_max"] == min(v for k, v in row["errors"].items() if k != "int8")
+        assert row["errors"]["lloyd_max"] == min(v for k, v in row["errors"].items() if k not in ("int8", "asymmetric"))
     assert found["formats"]["int8"]["dtype"] == "int8"
 
 
@@ -214,6 +224,19 @@ def test_a_gaussian_layer_is_found_gaussian_and_a_uniform_one_is_not():
         gaussian["errors"]["nf4"] < gaussian["errors"]["uniform"]
         and uniform["errors"]["uniform"] < uniform["errors"]["nf4"]
     )
+
+
+def test_two_numbers_a_block_may_beat_the_best_codebook(found):
+    """The embedded weights were rounded to an asymmetric grid before."""
+    errors = {name: row["relative_squared_error"] for name, row in found["formats"].items()}
+    assert errors["asymmetric"] < errors["lloyd_max"] < errors["nf4"] < errors["fp4"]
+
+
+def test_the_curve_counts_layers_and_weights(found):
+    rows = [{"ks_distance": 0.01, "weights": 100}, {"ks_distance": 0.04, "weights": 300}]
+    curve = {row["at_most"]: (row["layers"], row["weights"]) for row in weights.ks_curve(rows)}
+    assert curve[0.005] == (0, 0) and curve[0.01] == (0.5, 0.25) and curve[0.05] == (1, 1)
+    assert found["ks_curve"] == weights.ks_curve(found["layers"])
 
 
 def test_histogram_is_a_density(found):

@@ -182,7 +182,7 @@ def sensitivity(model, texts: list[Text], books: dict[str, list[float]], progres
     """Quantize one block's linear layers at a time, and the whole model in one format at a time: schema.Sensitivity.
 
     The loss is the mean KL(full || quantized) of the next token, and ln of the perplexity ratio, over the beginnings of
-    the first texts; float32 suffices (wrong by 1e-6 nats). books: format -> 16 levels of our own codebooks
+    the first texts; float32 suffices (wrong by 1e-5 nats). books: format -> 16 levels of our own codebooks
     (`formats.analyse`). int8 quantizes the weights alone; LLM.int8() quantizes activations as well. Raises StudyError
     if the model has no list of blocks.
     """

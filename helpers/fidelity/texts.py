@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from helpers import ROOT, StudyError
+from helpers.params import Study
+from helpers.setup import coqa
 
 WINDOW = 512  # llama.cpp's default context
 WINDOWS = {"cpu": 10, "cuda": None}  # of a text file, at most; None: all of them
@@ -25,6 +27,13 @@ class Text(NamedTuple):
     id: str
     ids: torch.Tensor  # (tokens,)
     turn: np.ndarray  # (tokens,): 0 in the story or file, t in the gold answer of turn t, -1: does not count
+
+
+def dialogues(study: Study) -> list[dict]:
+    """Those that 03 reads: of each source at most `fidelity.dialogues`."""
+    if hasattr(coqa, "read_all"):
+        return coqa.read_all(study, study.fidelity.dialogues)
+    return coqa.read(study.data.source, study.fidelity.dialogues or study.data.dialogues, study.data.revision)
 
 
 def encode(dialogues: list[dict], tokenizer, limit: int | None = None) -> tuple[list[Text], list[dict]]:
@@ -146,8 +155,8 @@ def nll_sums(model, texts: list[Text]) -> list[tuple[float, int]]:
         states, targets = hidden_states(model, [text])[0], text.ids[torch.from_numpy(scored(text))]
         step, total = chunk_positions(head.weight.shape[0]), 0.0
         for some, target in zip(states.split(step), targets.to(states.device).split(step), strict=True):
-            logits = head(some).float()
-            total += torch.nn.functional.cross_entropy(logits, target, reduction="none").double().sum().item()
+            # in float64: in float32 the CPU's sum over a vocabulary is wrong by 2e-5 nats
+            total += torch.nn.functional.cross_entropy(head(some).double(), target, reduction="sum").item()
         found.append((total, len(targets)))
     return found
 

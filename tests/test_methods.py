@@ -90,9 +90,9 @@ def test_kernel_without_the_wanted_type(monkeypatch):
 
 def test_unpacked_methods_claim_no_kernel(load):
     for name in ("gptq", "awq"):
-        method = methods.METHODS[name]
-        assert not method.packed
-        assert method.kernel(configuration(name).quantization, "cuda", "float16").startswith("unpacked to float16")
+        options = configuration(name).quantization
+        assert not methods.is_packed(options, "cpu", "float32")
+        assert methods.METHODS[name].kernel(options, "cpu", "float32").startswith("no 4-bit kernel here")
     info = load("nf4").info
     assert info["packed"] and info["quantized_layers"] == 210 and "nf4" in info["kernel"]
     assert load("fp16").info["quantized_layers"] == 0 and not load("fp16").info["packed"]

@@ -13,6 +13,8 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional
 
+from helpers.setup.packed import Int4Linear
+
 
 def _state_tensors(state, prefix: str = "") -> dict[str, torch.Tensor]:
     """Tensors of a bitsandbytes QuantState, the nested one of double quantization included."""
@@ -28,8 +30,11 @@ def _state_tensors(state, prefix: str = "") -> dict[str, torch.Tensor]:
 def quantization_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Tensors that belong to a quantized layer's weight but are neither parameters nor buffers, by name.
 
-    4-bit: absmax, code, offset, state2.absmax, state2.code. int8: SCB (on the weight before, in `state` after the first run).
+    4-bit: absmax, code, offset, state2.absmax, state2.code. int8: SCB (on the weight before, in `state` after the
+    first run). `Int4Linear`: scales_and_zeros, a buffer.
     """
+    if isinstance(module, Int4Linear):
+        return {"scales_and_zeros": module.scales_and_zeros}
     found = {}
     weight = getattr(module, "weight", None)
     state = getattr(weight, "quant_state", None)
@@ -66,6 +71,8 @@ def tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, 
 
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         for part, held in (inner(tensor) or {"": tensor}).items():
+            if name.endswith("scales_and_zeros"):
+                continue  # listed with its layer
             if part in ("", "qdata"):
                 add(plain, name, held)
             else:
@@ -120,6 +127,8 @@ def dequantize(module: torch.nn.Module) -> torch.Tensor:
     keep a row of the identity too). AWQ moves scales into neighbouring layers: its weight is not comparable with the original. A 4-bit
     layer that a forward pass has repacked for this CPU (`repacked`) is asked as well, and answers in bfloat16.
     """
+    if isinstance(module, Int4Linear):
+        return module.unpacked()
     weight = module.weight if hasattr(module, "weight") else None
     if isinstance(module, bnb.nn.Linear4bit) and not repacked(module):
         return functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -150,6 +159,8 @@ def dequantize(module: torch.nn.Module) -> torch.Tensor:
 def stored_dtype(module) -> str:
     if isinstance(module, bnb.nn.Linear8bitLt):
         return "int8"  # the layer hides it once it has run
+    if isinstance(module, Int4Linear):
+        return "int4"
     held = [getattr(module, key, None) for key in ("weight", "weight_packed", "qweight")]
     dtype = next((t.dtype for t in held if t is not None), None)
     return str(dtype).removeprefix("torch.") + (", two weights each" if isinstance(module, bnb.nn.Linear4bit) else "")
@@ -157,8 +168,6 @@ def stored_dtype(module) -> str:
 
 def is_quantized(module: torch.nn.Module) -> bool:
     """A linear layer that is not plain: another class (bitsandbytes), another kind of weight (torchao), or unpacked from a checkpoint."""
-    import torch
-
     if not isinstance(module, torch.nn.Linear):
         return False
     return (
@@ -172,7 +181,6 @@ def make_plain(model: torch.nn.Module) -> None:
     """Take compressed-tensors' wrappers off a model that is unpacked: its weights are final, and the wrappers' Python, in every access to a
     weight and every call of a layer, would be counted as time (and its scales as memory). torch.compile can't see through them either.
     `quantization_scheme` stays, and tells a layer that was quantized (`is_quantized`)."""
-    import torch
     from compressed_tensors.offload import remove_dispatch
 
     remove_dispatch(model, onload_tensors=True)
@@ -196,6 +204,12 @@ def weight_count(parameter) -> int:
     """Number of weights a parameter stands for: 4-bit ones are packed two to a byte."""
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else parameter.numel()
+
+
+def parameter_count(model) -> int:
+    """Number of the model's weights, whatever they are packed in."""
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Int4Linear))
+    return packed + sum(weight_count(p) for p in model.parameters())
 
 
 def widest_layer(model) -> int:

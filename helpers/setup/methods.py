@@ -11,12 +11,11 @@
 | torchao-float8 | FP8 (e4m3) per row; no relation to LLM.int8() | on loading | widened (`dynamic`: float8) |
 | torchao-int8 | 8-bit integers, a scale per row, weights only | on loading | widened |
 | torchao-int4 | groups, rounded to nearest or HQQ | on loading | packed, a GPU only |
-| gptq, awq | 4-bit integers in groups, calibrated (`calibrated`) | once, cached | unpacked |
+| gptq, awq | 4-bit integers in groups, calibrated (`calibrated`) | once, cached | packed on a GPU, else unpacked |
 
-Widened: the weight becomes the compute type before each multiplication. Unpacked: transformers 5.17
-(quantizers/quantizer_compressed_tensors.py) has no kernel for such checkpoints and decompresses them on the first
-forward pass, on every device. Here that is done on loading, so that memory and time are those of the unpacked model
-throughout. Their accuracy and checkpoint are 4-bit, their memory and speed are not; vLLM, for one, keeps them packed.
+Widened: the weight becomes the compute type before each multiplication. Packed int4 runs on torch's tinygemm
+(`packed`), in bfloat16. Where it can't, GPTQ and AWQ are unpacked on loading: accuracy and checkpoint are theirs,
+memory and speed are full precision's, and not measured again.
 """
 
 import importlib.util
@@ -25,6 +24,7 @@ from typing import NamedTuple
 
 from helpers import NotHere, StudyError
 from helpers.params import Configuration
+from helpers.setup import packed
 
 INSTALL = "run `make setup METHODS=all`"
 
@@ -93,7 +93,15 @@ def _int4(options, dtype):
 def _compressed(options, dtype):
     from transformers import CompressedTensorsConfig
 
-    return CompressedTensorsConfig(dequantize=True)
+    # Packed layers are replaced after loading (`packed.replace_layers`); others are unpacked by transformers.
+    return CompressedTensorsConfig(dequantize=_obstacle(options, dtype) is not None)
+
+
+def _obstacle(options, dtype) -> str | None:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return packed.obstacle(options.group_size, device, str(dtype).removeprefix("torch."))
 
 
 def _float8_kernel(options, device, dtype):
@@ -102,8 +110,9 @@ def _float8_kernel(options, device, dtype):
     return f"float8 weights, dequantized to {dtype} before each multiplication (torchao)"
 
 
-def _unpacked_kernel(options, device, dtype):
-    return f"unpacked to {dtype} on loading, then as full precision (torch)"
+def _calibrated_kernel(options, device, dtype):
+    why = packed.obstacle(options.group_size, device, dtype)
+    return f"no 4-bit kernel here ({why}): unpacked to {dtype}, then as full precision (torch)" if why else packed.KERNEL
 
 
 METHODS = {
@@ -135,19 +144,33 @@ METHODS = {
     ),
     "torchao-int4": Method(
         _int4,
-        lambda options, device, dtype: "packed int4, tinygemm (torch._weight_int4pack_mm)",
+        lambda options, device, dtype: packed.KERNEL,
         packed=True,
         packages=("torchao",),
         capability=lambda options: (8, 0),
         dtype="bfloat16",
     ),
     "gptq": Method(
-        _compressed, _unpacked_kernel, packed=False, packages=("llmcompressor", "compressed_tensors"), calibrated=True
+        _compressed, _calibrated_kernel, packed=True, packages=("llmcompressor", "compressed_tensors"), calibrated=True
     ),
     "awq": Method(
-        _compressed, _unpacked_kernel, packed=False, packages=("llmcompressor", "compressed_tensors"), calibrated=True
+        _compressed, _calibrated_kernel, packed=True, packages=("llmcompressor", "compressed_tensors"), calibrated=True
     ),
 }
+
+
+def is_packed(options, device: str, dtype: str) -> bool:
+    """Whether the device holds the method's own bits while the model runs. device: cuda or cpu; dtype: its name."""
+    method = METHODS[options.method]
+    return method.packed and not (method.calibrated and packed.obstacle(options.group_size, device, dtype))
+
+
+def kernel_dtype(options) -> str | None:
+    """The only type in which a calibrated method's packed kernel computes, where this machine has it; else None."""
+    import torch
+
+    calibrated = METHODS[options.method].calibrated
+    return "bfloat16" if calibrated and _obstacle(options, torch.bfloat16) is None else None
 
 
 def require(configuration: Configuration) -> None:

@@ -26,15 +26,15 @@ from transformers.utils import logging as transformers_logging
 
 from helpers import CACHE, StudyError
 from helpers.params import Configuration, Study
-from helpers.setup import calibrated, hub, integrity, methods, packages
+from helpers.setup import calibrated, hub, integrity, methods, packages, packed
 from helpers.setup.device import device_and_dtype
 from helpers.setup.layers import (
     checkpoint_bytes,
     linear_layers,
     make_plain,
+    parameter_count,
     quantized_layers,
     stored_bytes,
-    weight_count,
 )
 from helpers.setup.methods import METHODS
 
@@ -237,7 +237,7 @@ def shares(model: PreTrainedModel, folder: Path | None) -> dict:
         stored = sum(stored_bytes(torch.nn.ModuleList(linear.values())).values()) - biases
     return {
         "quantized_share": inside / max(sum(matrices.values()), 1),
-        "quantized_share_of_all": inside / sum(weight_count(p) for p in model.parameters()),
+        "quantized_share_of_all": inside / parameter_count(model),
         "bits_per_weight": 8 * stored / weights if weights else None,
     }
 
@@ -271,7 +271,8 @@ def load(study: Study, configuration: Configuration) -> Loaded:
     options, method = configuration.quantization, METHODS[configuration.quantization.method]
     source = prepare(study)
     integrity.verify(study, Path(source))
-    wanted = configuration.dtype if configuration.dtype != "auto" else getattr(study, "dtype", "auto")
+    own = methods.kernel_dtype(options) or getattr(study, "dtype", "auto")
+    wanted = configuration.dtype if configuration.dtype != "auto" else own
     device, dtype, reason = device_and_dtype(wanted, _config(study, source).dtype)
     tokenizer = _tokenizer(study, source)
     record = {}
@@ -291,6 +292,8 @@ def load(study: Study, configuration: Configuration) -> Loaded:
             **({"quantization_config": quantization} if quantization else {}),
         )
     model.eval()
+    if device.type == "cuda":
+        packed.replace_layers(model)
     if method.calibrated:
         make_plain(model)
     if device.type == "cuda":
@@ -305,16 +308,16 @@ def load(study: Study, configuration: Configuration) -> Loaded:
         "dtype": _name(dtype),
         "dtype_reason": reason,
         "load_seconds": seconds,
-        "parameters": sum(weight_count(p) for p in model.parameters()),
+        "parameters": parameter_count(model),
         "quantized_layers": len(quantized_layers(model)),
         "quantization": options.model_dump(),
         "kernel": method.kernel(options, device.type, _name(dtype)),
-        "packed": method.packed,
+        "packed": methods.is_packed(options, device.type, _name(dtype)),
         "checkpoint_bytes": record.get("checkpoint_bytes") or checkpoint_bytes(model),
         "checkpoint_dtype": record.get("checkpoint_dtype", _name(dtype)),
         **share,
         "warning": f"{configuration.label} quantizes {share['quantized_share']:.0%} of the linear weights; the "
-        "rest stays in {_name(dtype)}"
+        f"rest stays in {_name(dtype)}"
         if partly
         else None,
     }

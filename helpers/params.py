@@ -74,6 +74,7 @@ class Sizes(Strict):
     prefill_tokens: list[Positive]
     batch_sizes: list[Positive]
     prompt_tokens: Positive = 128  # context of a decode measurement
+    contexts: list[Positive] = []  # further ones, at batch size 1
     decode_tokens: Positive  # tokens generated in one repeat
     repeats: Annotated[int, Field(ge=3)]
     warmup: Positive
@@ -81,8 +82,10 @@ class Sizes(Strict):
 
 
 class CPUSizes(Sizes):
-    prefill_tokens: list[Positive] = [128, 256, 512, 1024]
+    prefill_tokens: list[Positive] = [128, 512]
     batch_sizes: list[Positive] = [1, 4, 8]
+    prompt_tokens: Positive = 16
+    contexts: list[Positive] = [256]
     decode_tokens: Positive = 16
     repeats: Annotated[int, Field(ge=3)] = 5
     warmup: Positive = 1
@@ -92,6 +95,7 @@ class CPUSizes(Sizes):
 class GPUSizes(Sizes):
     prefill_tokens: list[Positive] = [128, 256, 512, 1024, 2048, 4096]
     batch_sizes: list[Positive] = [1, 4, 8, 16, 32, 64]
+    contexts: list[Positive] = [4096]
     decode_tokens: Positive = 64
     repeats: Annotated[int, Field(ge=3)] = 10
     warmup: Positive = 3

@@ -1,4 +1,5 @@
-"""4-bit layers on torch's kernel: the product against the weights that the integers stand for, and what replaces what."""
+"""4-bit layers on torch's kernel: the product against the weights that the integers stand for, and what replaces
+what."""
 
 import pytest
 import torch

@@ -1,136 +1,174 @@
 """What freed memory buys: the largest batch that decodes within a memory budget, and its tokens per second.
 
-The paper's section 4.3 supposes that the memory which 4 bits free makes room for batches large enough to win the throughput back. Here
-torch's allocator is held to the budget (weights, cache, activations and graph; the CUDA context of some hundred MB is outside it), and
-the batch is what still decodes.
+The paper's section 4.3 supposes that the memory which 4 bits free makes room for batches large enough to win the
+throughput back. Here torch's allocator is held to the budget (weights, cache, activations and graph; the CUDA context
+of some hundred MB is outside it), and the batch is bisected between one that decodes and one that does not.
 
     rows, reason = capacity.largest_batches(loaded, sizes, [4, 8, 16], seed=1234, deadline=...)
 """
 
+import re
 import time
+from collections.abc import Callable
 
 import torch
 
 from helpers.benchmark import decoder, timing
-from helpers.benchmark.throughput import decoder_samples, prompt
+from helpers.benchmark.generation import decoder_samples, first_line, prompt
 from helpers.setup.device import MB, reset_peak
 
-DISTINCT_PROMPTS = (
-    32  # prefilled; their rows are repeated to the batch, for prefill in one go needs more room than decode
-)
+# Prompts prefilled; their rows are repeated to the batch, for prefill in one go needs more room than decode.
+DISTINCT_PROMPTS = 32
 CALIBRATION_ROWS = (64, 128)
-SHARES = (
-    0.97,
-    0.92,
-    0.87,
-    0.8,
-    0.7,
-    0.5,
-    0.25,
-)  # of the predicted batch, tried in turn: fragmented memory holds less than is free
+WITHIN = 0.01  # the interval's width, as a share of the batch that fits
+STEP = 0.06  # of the first steps up and down
+NO_MEMORY = r"out of memory|ALLOC_FAILED"
 
 
 def batch_that_fits(budget: float, at: tuple[int, int], peaks: tuple[float, float]) -> int:
-    """Batch whose peak, linear through (`at`, `peaks`), is `budget`; 0 if not even one row fits. All in the same unit."""
+    """Batch whose peak, linear through (`at`, `peaks`), is `budget`; 0 if not even one row fits. All in the same
+    unit."""
     slope = (peaks[1] - peaks[0]) / (at[1] - at[0])
     return max(0, int((budget - (peaks[0] - slope * at[0])) / slope))
 
 
-def _decoder(model, sizes, batch: int, seed: int, captured: bool) -> decoder.Decoder:
+def interval(
+    fits: Callable[[int], bool], start: int, more: Callable[[], bool] = lambda: True
+) -> tuple[int, int | None, int]:
+    """(largest batch that fits, smallest that does not, tries), found from `start` up or down and then by bisection, to
+    WITHIN or one row. Once `more` is false the interval stands as it is; None: no failure was seen."""
+    low, high, batch, tries = 0, None, max(1, start), 0
+    while batch and more() and (high is None or high - low > max(1, WITHIN * low)):
+        tries += 1
+        if fits(batch):
+            low = batch
+        else:
+            high = batch
+        if high is None:
+            batch = max(low + 1, int(low * (1 + STEP)))
+        else:
+            batch = (low + high) // 2 if low else int(high * (1 - STEP * tries)) if tries * STEP < 0.5 else high // 2
+    return low, high, tries
+
+
+def _decoder(model, sizes, batch: int, seed: int, mode: str) -> decoder.Decoder:
     ids = prompt(model, min(batch, DISTINCT_PROMPTS), sizes.prompt_tokens, seed)
-    return decoder.Decoder(model, ids, sizes.decode_tokens, captured=captured, repeat_rows=batch)
+    return decoder.Decoder(
+        model, ids, sizes.decode_tokens, captured=mode != "static", compiled=mode == "compile", repeat_rows=batch
+    )
 
 
-def _peak_bytes(model, sizes, batch: int, seed: int, captured: bool) -> float:
+def _peak_bytes(model, sizes, batch: int, seed: int, mode: str) -> float:
     reset_peak(model.device)
-    running = _decoder(model, sizes, batch, seed, captured)
+    running = _decoder(model, sizes, batch, seed, mode)
     running.step()
     peak = torch.cuda.max_memory_allocated()
     running.close()
     return peak
 
 
-def _attempt(model, sizes, batch: int, seed: int, captured: bool) -> list[float] | None:
-    """Samples (ms per token) at this batch; None if it does not fit."""
+def _attempt(model, sizes, batch: int, seed: int, mode: str, timed: bool) -> list[float] | None:
+    """Samples (ms per token) at this batch, one step unless `timed`; None if it does not fit."""
     reset_peak(model.device)
     running = None
     try:
-        running = _decoder(model, sizes, batch, seed, captured)
-        return decoder_samples(running, sizes)[0]
-    except torch.cuda.OutOfMemoryError:
+        running = _decoder(model, sizes, batch, seed, mode)
+        return decoder_samples(running, sizes)[0] if timed else [timing.once(running.step, model.device)]
+    except RuntimeError as error:  # OutOfMemoryError, or what a library makes of it
+        if not re.search(NO_MEMORY, str(error)):
+            raise
         return None
     finally:
         if running is not None:
             running.close()
 
 
-def _largest(model, sizes, budget_gib: float, predicted: int, seed: int, captured: bool) -> dict:
-    """One row: go down from the predicted batch until it decodes within the budget."""
-    row = {
-        "budget_gib": budget_gib,
-        "mode": "cuda_graph" if captured else "static",
-        "batch": 0,
-        "predicted_batch": predicted,
-    }
+def _timed(model, sizes, batch: int, seed: int, modes: list[str]) -> dict:
+    """The fastest mode's times at a batch: mode, tokens_per_second, peak_reserved_mb and its summary; {} if none
+    fits."""
+    best = {}
+    for mode in modes:
+        try:
+            samples = _attempt(model, sizes, batch, seed, mode, timed=True)
+        except Exception:  # Inductor raises what it likes: a mode that fails is measured, and explained, elsewhere
+            if mode == modes[0]:
+                raise
+            samples = None
+        if samples:
+            row = {"mode": mode, **timing.summary(samples, "ms_per_token")}
+            row["tokens_per_second"] = timing.per_second(batch, row["median_ms_per_token"])
+            row["peak_reserved_mb"] = torch.cuda.max_memory_reserved() / MB
+            best = max(best, row, key=lambda r: r.get("tokens_per_second", 0.0))
+    return best
+
+
+def _largest(model, sizes, budget_gib: float, predicted: int, seed: int, modes: list[str], deadline: float) -> dict:
+    """One row: the batches around the budget's edge, in the first of `modes`, and the time of the largest that fits."""
     total = torch.cuda.get_device_properties(model.device).total_memory
     reset_peak(model.device)
-    row["allocated_before_mb"] = (
-        torch.cuda.memory_allocated() / MB
-    )  # the weights, and what libraries keep for themselves
+    row = EMPTY | {"budget_gib": budget_gib, "predicted_batch": predicted}
+    row["allocated_before_mb"] = torch.cuda.memory_allocated() / MB  # weights, and what libraries keep for themselves
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget_gib * 2**30 / total))
     try:
-        for attempt, share in enumerate(SHARES, start=1):
-            batch = int(predicted * share)
-            samples = _attempt(model, sizes, batch, seed, captured) if batch else None
-            if samples:
-                found = timing.summary(samples, "ms_per_token")
-                rate = timing.per_second(batch, found["median_ms_per_token"])
-                peak = torch.cuda.max_memory_reserved() / MB
-                row |= {"batch": batch, "tokens_per_second": rate, "peak_reserved_mb": peak, "attempts": attempt}
-                return row | found | {"reason": None}
-        reason = f"no batch from {predicted} down to {int(predicted * SHARES[-1])} decoded within {budget_gib} GiB"
-        return row | {"tokens_per_second": None, "reason": reason}
+        row["batch"], row["fails"], row["tries"] = interval(
+            lambda batch: bool(_attempt(model, sizes, batch, seed, modes[0], timed=False)),
+            predicted,
+            lambda: time.perf_counter() < deadline,
+        )
+        timed = _timed(model, sizes, row["batch"], seed, modes) if row["batch"] else {}
+        row |= timed
+        if not timed:
+            row["batch"], row["reason"] = 0, f"no batch decoded within {budget_gib} GiB in {row['tries']} tries"
+        return row
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+# A row of which nothing is known yet; the result's schema says what the keys are.
+EMPTY = {
+    "budget_gib": None, "mode": None, "batch": 0, "fails": None, "predicted_batch": None, "tries": 0, "reason": None,
+    "allocated_before_mb": None, "peak_reserved_mb": None, "tokens_per_second": None, "median_ms_per_token": None,
+    "q25_ms_per_token": None, "q75_ms_per_token": None, "n": 0, "dropped": 0, "samples_ms_per_token": [],
+}  # fmt: skip
 
 
 @torch.no_grad()
 def largest_batches(
     loaded, sizes, budgets_gib: list[float], seed: int, deadline: float, progress=print
 ) -> tuple[list[dict], str | None]:
-    """Rows {budget_gib, mode, batch, tokens_per_second, median_ms_per_token, ..., allocated_before_mb, peak_reserved_mb, reason}, and why
-    there are none.
+    """A row per budget (helpers.schema_benchmark.Largest), and why there are none.
 
-    mode: "cuda_graph", or "static", the same step uncaptured, where it can't be captured. batch 0 with a reason: nothing fits.
+    The edge is found with a CUDA graph ("static", the same step uncaptured, where it can't be captured); times are of
+    the fastest mode that fits there. deadline: of time.perf_counter(); after it no further batch is tried.
     """
     model = loaded.model
     if model.device.type != "cuda":
         return [], "a memory budget is held by the GPU's allocator, and there is no GPU here"
-    captured = decoder.obstacle(model, "cuda_graph") is None
-    if time.perf_counter() > deadline:
-        return [], "the time for this notebook was over"
+    modes = ["static"]
+    if decoder.obstacle(model, "cuda_graph") is None:
+        modes = ["cuda_graph"] + ["compile"] * ("compile" in sizes.modes and not decoder.obstacle(model, "compile"))
     try:
-        peaks = tuple(_peak_bytes(model, sizes, rows, seed, captured) for rows in CALIBRATION_ROWS)
-    except (RuntimeError, NotImplementedError) as error:
-        return [], f"decoding over a static cache failed: {str(error).splitlines()[0]}"
+        peaks = tuple(_peak_bytes(model, sizes, rows, seed, modes[0]) for rows in CALIBRATION_ROWS)
+    except Exception as error:  # another architecture's own code raises any class
+        return [], f"decoding over a static cache failed: {first_line(error)}"
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     rows = []
     for budget in budgets_gib:
-        row = {
-            "budget_gib": budget,
-            "mode": "cuda_graph" if captured else "static",
-            "batch": 0,
-            "tokens_per_second": None,
-        }
+        reason = None
         if budget * 2**30 > free:
-            rows.append(row | {"reason": f"this GPU has {free / 2**30:.1f} GiB free"})
+            reason = f"this GPU has {free / 2**30:.1f} GiB free"
         elif time.perf_counter() > deadline:
-            rows.append(row | {"reason": "the time for this notebook was over"})
+            reason = "the time for this notebook was over"
         else:
-            rows.append(
-                _largest(model, sizes, budget, batch_that_fits(budget * 2**30, CALIBRATION_ROWS, peaks), seed, captured)
-            )
-            progress(
-                f"largest batch in {budget} GiB: {rows[-1]['batch']}, {rows[-1]['tokens_per_second'] or 0:.0f} tokens per second"
-            )
+            try:
+                predicted = batch_that_fits(budget * 2**30, CALIBRATION_ROWS, peaks)
+                rows.append(_largest(model, sizes, budget, predicted, seed, modes, deadline))
+            except Exception as error:
+                reason = first_line(error)
+        if reason:
+            rows.append(EMPTY | {"budget_gib": budget, "reason": reason})
+        last = rows[-1]
+        progress(
+            f"largest batch in {budget} GiB: {last['batch']}, {last['tokens_per_second'] or 0:.0f} tokens per second"
+        )
     return rows, None

@@ -1,8 +1,8 @@
 """The decode step in its execution modes.
 
-Eager `generate` starts some hundred kernels a token from Python; on a fast GPU the starting takes longer than the work. The same
-step over a *static cache* (keys and values of fixed size, written in place at a position that lives on the device) needs nothing
-from the host, so that a CUDA graph can hold all of it and each token costs one launch:
+Eager `generate` starts some hundred kernels a token from Python; on a fast GPU the starting takes longer than the
+work. The same step over a *static cache* (keys and values of fixed size, written in place at a position that lives on
+the device) needs nothing from the host, so that a CUDA graph can hold all of it and each token costs one launch:
 
     decoder = Decoder(model, prompt, new_tokens=64, captured=True)     # mode "cuda_graph"
     decoder = Decoder(model, prompt, new_tokens=64, captured=True, compiled=True)      # mode "compile"
@@ -10,10 +10,12 @@ from the host, so that a CUDA graph can hold all of it and each token costs one 
     for _ in range(63):
         decoder.step()      # no host work but a launch; decoder.ids holds the newest token of every row
 
-The model's own forward runs in all modes; only its cache, its attention function and, compiled, the forward of its layers are
-replaced while a step runs. Greedy only; the end-of-text token is suppressed, as `generate(min_new_tokens=...)` does.
+The model's own forward runs in all modes; only its cache, its attention function and, compiled, the forward of its
+layers are replaced while a step runs. Greedy only; the end-of-text token is suppressed, as
+`generate(min_new_tokens=...)` does.
 
-Compiled, one function stands for all decoder layers (they differ in tensors only), so that compile time does not grow with depth.
+Compiled, one function stands for all decoder layers (they differ in tensors only), so that compile time does not grow
+with depth.
 """
 
 import gc
@@ -21,33 +23,54 @@ import time
 from contextlib import ExitStack, contextmanager
 
 import torch
+import torch._inductor
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from helpers.setup.device import capture_stream
+from helpers.setup.device import capture_stream, kv_cache_bytes_per_token
 from helpers.setup.layers import int8_threshold
 
 MODES = ("eager", "cuda_graph", "compile")
 ATTENTION = "static_decode"
-FUSED_ATTENTION_ROWS = (
-    8  # up to so many rows, compiled attention is written as products and sums, which fuse, and not as SDPA
-)
+# Up to so many rows, compiled attention is written as products and sums, which fuse, and not as SDPA.
+FUSED_ATTENTION_ROWS = 8
 CAPTURE_WARMUP = 3
 
 
-def compile_options(batch: int) -> dict:
-    """Inductor options. At one row a matmul is a matrix-vector product: with coordinate descent tuning Inductor writes it as a
-    reduction, fused with its neighbours and tuned to the bandwidth (torch/_inductor/decomposition.py, `mm`). Tuning costs seconds a
-    kernel, and changes no matmul of several rows, so only one row gets it."""
-    return {"coordinate_descent_tuning": True} if batch == 1 else {}
+def compile_options(
+    batch: int,
+    descent: bool | None = None,
+    combo: bool | None = None,
+    all_directions: bool = False,
+    pointwise: bool = False,
+) -> dict:
+    """Inductor options; those that this torch does not know are left out.
+
+    At one row a matmul is a matrix-vector product: with coordinate descent tuning (descent) Inductor writes it as a
+    reduction, fused with its neighbours and tuned to the bandwidth (torch/_inductor/decomposition.py, `mm`). combo
+    launches independent kernels as one, where that measures faster. Both cost seconds a kernel, and descent changes no
+    matmul of several rows, so by default (None) only one row gets them. all_directions and pointwise widen the search.
+    """
+    one = batch == 1
+    descent, combo = one if descent is None else descent, one if combo is None else combo
+    wanted = {
+        "coordinate_descent_tuning": descent,
+        "coordinate_descent_check_all_directions": all_directions,
+        "combo_kernels": combo,
+        "benchmark_combo_kernel": combo,
+        "max_autotune_pointwise": pointwise,
+    }
+    known = set(torch._inductor.list_options()) if any(wanted.values()) else set()
+    return {name: True for name, on in wanted.items() if on and name in known}
 
 
 def static_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Attention of one new token per row over a static cache.
 
     query [batch, heads, 1, head_dim]; key, value [batch, kv_heads, length, head_dim]; attention_mask additive
-    [batch or 1, 1, 1, length]. Returns [batch, 1, heads, head_dim], None. The heads that share a key head stand as its rows, so
-    that nothing is repeated in memory (transformers' sdpa repeats keys and values as soon as there is a mask).
+    [batch or 1, 1, 1, length]. Returns [batch, 1, heads, head_dim], None. The heads that share a key head stand as
+    its rows, so that nothing is repeated in memory (transformers' sdpa repeats keys and values as soon as there is a
+    mask).
     """
     for option in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(option) is not None:
@@ -73,7 +96,8 @@ AttentionInterface.register(ATTENTION, static_attention)
 
 
 class LayerCache:
-    """Keys and values [batch, kv_heads, length, head_dim] of one layer; an update writes them at `position`, int64 [1]."""
+    """Keys and values [batch, kv_heads, length, head_dim] of one layer; an update writes them at `position`, int64
+    [1]."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor):
         self.keys, self.values, self.position = keys, values, position
@@ -85,7 +109,8 @@ class LayerCache:
 
 
 class StepCache:
-    """transformers' StaticCache, but with one position for all layers: its own counts in every layer, at five kernels a layer."""
+    """transformers' StaticCache, but with one position for all layers: its own counts in every layer, at five kernels
+    a layer."""
 
     def __init__(self, layers: list[LayerCache]):
         self.layers = layers
@@ -152,13 +177,19 @@ def obstacle(model, mode: str) -> str | None:
     threshold = int8_threshold(model)
     if threshold:
         return (
-            f"{mode}: LLM.int8() with threshold {threshold} looks up which activations are outliers in every layer, and the host waits "
-            "for their number; a CUDA graph cannot wait (with threshold 0 it can be captured)"
+            f"{mode}: LLM.int8() cannot be graph-captured: at threshold {threshold} every layer synchronizes with "
+            "the host (at threshold 0 none does)"
         )
     backbone = model.base_model
     if mode == "compile" and not all(hasattr(backbone, part) for part in ("layers", "norm", "rotary_emb")):
         return f"compile: {type(backbone).__name__} has no layers, norm and rotary_emb of the usual names"
     return None
+
+
+def refuse(model, mode: str) -> None:
+    """Raises NotImplementedError if something stands against `mode`."""
+    if reason := obstacle(model, mode):
+        raise NotImplementedError(reason)
 
 
 def _device_type(model) -> str:
@@ -173,8 +204,10 @@ def eos_ids(model) -> list[int]:
 class Decoder:
     """Greedy decoding over a static cache, one `step` a token.
 
-    prompt: int64 [batch, tokens]; `new_tokens` counts the one that prefill gives. `repeat_rows` tiles the prompt's rows to that batch
-    after prefill, for batches whose prefill would not fit. Raises what the capture or compilation raised.
+    prompt: int64 [batch, tokens]; `new_tokens` counts the one that prefill gives. `repeat_rows` tiles the prompt's
+    rows to that batch after prefill, for batches whose prefill would not fit. options: Inductor's (None:
+    `compile_options`). Raises what the capture or compilation raised, NotImplementedError for a cache without keys
+    and values.
     """
 
     @torch.no_grad()
@@ -186,6 +219,7 @@ class Decoder:
         captured: bool = False,
         compiled: bool = False,
         repeat_rows: int | None = None,
+        options: dict | None = None,
     ):
         began = time.perf_counter()
         self.model, self.prompt_tokens, self.batch = model, prompt.shape[1], repeat_rows or prompt.shape[0]
@@ -200,7 +234,7 @@ class Decoder:
         self.replaced = []
         if compiled:
             torch._dynamo.reset()
-            self.replaced = _compiled_modules(model, compile_options(self.batch))
+            self.replaced = _compiled_modules(model, compile_options(self.batch) if options is None else options)
         self.graph = None
         self.reset()
         if captured:
@@ -213,6 +247,7 @@ class Decoder:
         rows = torch.arange(self.batch, device=prompt.device) % prompt.shape[0]
         self.first = first[rows]
         layers = []
+        kv_cache_bytes_per_token(getattr(out, "past_key_values", None))  # refuses caches of another kind
         for layer in out.past_key_values.layers:
             if layer.keys.shape[2] != self.prompt_tokens:
                 raise NotImplementedError(

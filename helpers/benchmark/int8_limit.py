@@ -1,9 +1,9 @@
 """Why LLM.int8() "does not work on a GPU": rows x columns of one layer's output must stay under 2**31.
 
 bitsandbytes multiplies in int8, then scales the int32 result (`dequant_mm_int32_fp16`, csrc/ops.cu), where
-`int n = numRows * numCols` overflows at 2**31. The launch that follows is invalid, and the check after it prints "Error invalid
-configuration argument at line ... in file /src/csrc/ops.cu" and ends the process: nothing can be caught. lm-eval's automatic batch
-size begins at 64 rows of the model's maximum length, far beyond.
+`int n = numRows * numCols` overflows at 2**31. The launch that follows is invalid, and the check after it prints
+"Error invalid configuration argument at line ... in file /src/csrc/ops.cu" and ends the process: nothing can be
+caught. lm-eval's automatic batch size begins at 64 rows of the model's maximum length, far beyond.
 
     int8_limit.reproduce()    # a child process on either side of the limit
 
@@ -34,15 +34,16 @@ def most_rows(columns: int) -> int:
 
 
 def needed_bytes(rows: int, columns: int) -> int:
-    """Device memory of one such layer's pass: input in 16 and 8 bit, weight, int32 result, 16-bit output twice (one is a cast)."""
+    """Device memory of one such layer's pass: input in 16 and 8 bit, weight, int32 result, 16-bit output twice (one
+    is a cast)."""
     return rows * INNER * 3 + INNER * columns * 3 + rows * columns * (4 + 2 + 2)
 
 
 def run(rows: int, columns: int, seconds: float = 120) -> dict:
     """One layer of INNER -> `columns` over `rows` rows, in a process of its own.
 
-    Returns rows, columns, elements, under_limit, exit_code (negative: killed by that signal; None: it did not end in `seconds`) and
-    last_line (of what it printed).
+    Returns rows, columns, elements, under_limit, exit_code (negative: killed by that signal; None: it did not end in
+    `seconds`) and last_line (of what it printed).
     """
     command = [sys.executable, "-m", "helpers.benchmark.int8_limit", str(rows), str(columns)]
     result = {"rows": rows, "columns": columns, "elements": rows * columns, "under_limit": fits(rows, columns)}
@@ -59,8 +60,8 @@ def run(rows: int, columns: int, seconds: float = 120) -> dict:
 def reproduce(columns: int = COLUMNS) -> dict:
     """The crash, on either side of the limit.
 
-    Returns rule, limit, most_rows, and either runs (two results of `run`, the first just under the limit, the second on it) and
-    reproduced (the first lived and the second died), or reason: why it can't be tried here.
+    Returns rule, limit, most_rows, and either runs (two results of `run`, the first just under the limit, the second
+    on it) and reproduced (the first lived and the second died), or reason: why it can't be tried here.
     """
     import bitsandbytes
 

@@ -1,34 +1,117 @@
 """What a configuration costs on this machine: memory, latency, throughput, energy, each in a pass of its own.
 
-    result = benchmark.measure(study, configuration)        # everything, JSON-able, in one process
+    bench = passes.load(study, configuration)
+    memory = passes.memory(bench)
+    parts = [passes.prefill(bench), *(passes.decode(bench, mode) for mode in bench.sizes.modes)]
+    data = passes.result(bench, memory, parts)      # what helpers.schema_benchmark describes
 
-or step by step, as `measure` does it: `load`, `memory_pass`, `roofline.bandwidth_and_rate`, `prefill_pass`, `throughput.eager_pass`,
-`throughput.decoder_pass`, `capacity.largest_batches`, `int8_limit.reproduce`.
+*Prefill* is one forward pass over the prompt, keys and values kept, logits of the last position. *Time to first
+token* is `generate` from its call to its first token, *time per output token* the interval between tokens after it:
+decode alone. *Mode* is how a step is started (`decoder`): "eager" is `model.generate`, greedy, as the paper ran it;
+"cuda_graph" the same step captured over a static cache; "compile" that step compiled, then captured. MB is 2**20
+bytes.
 
-*Prefill* is one forward pass over the prompt, keys and values kept, logits of the last position. MB is 2**20 bytes. What was left out,
-for time or because the machine or method has no such thing, is listed with its reason and never filled in.
+What a model or machine can't do is a row of `left_out` with its reason, and the rest is measured.
 """
 
+import atexit
+import os
+import shutil
+import tempfile
 import time
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
-from helpers.benchmark import capacity, conditions, decoder, int8_limit, roofline, throughput, timing
-from helpers.benchmark.throughput import first_line, generate, prompt
+from helpers.benchmark import conditions, decoder, roofline, timing
+from helpers.benchmark.generation import agreement, decoder_samples, eager_samples, first_line, generate, prompt
 from helpers.setup import models
-from helpers.setup.device import MB, device_and_dtype, kv_cache_bytes_per_token, peak_mb, process_peak_mb, reset_peak
-from helpers.setup.layers import checkpoint_bytes, linear_layers, stored_bytes, widest_int8_layer
+from helpers.setup.device import (
+    MB,
+    device_and_dtype,
+    free,
+    kv_cache_bytes_per_token,
+    peak_mb,
+    process_peak_mb,
+    reset_peak,
+)
+from helpers.setup.layers import checkpoint_bytes, linear_layers, stored_bytes
 
-DEADLINE_SECONDS = {"cpu": 60.0, "cuda": 160.0}  # of the whole measurement: nothing optional is begun after it
-CAPACITY_SECONDS = 30.0  # of these, kept for the largest batches
+# Of the whole measurement: nothing optional is begun after it.
+DEADLINE_SECONDS = {"cpu": 60.0, "cuda": 220.0}
+CAPACITY_SECONDS = 50.0  # of these, kept for the largest batches
+ENERGY_SECONDS = 10.0  # the counter moves every 0.1 s
+AGREEMENT_TOKENS = 32
+PROFILED_STEPS = 8
+PARTS = ("prefill", "decode", "time_to_first_token", "energy", "agreement", "profile", "left_out")
+UNPACKED = "same kernels as full precision: not measured again"
 
 
-def load(study, configuration):
-    """(loaded, memory so far): reported_footprint_mb, allocated_mb, quantization_state_mb, linear_layers_mb (without it),
-    reserved_mb, checkpoint_mb, peak_load_mb.
+class Bench(NamedTuple):
+    """A loaded model and what all passes need."""
 
-    allocated_mb is what torch's allocator holds on a GPU, and the bytes of all tensors found on a CPU.
-    """
+    loaded: models.Loaded
+    sizes: object  # params.Sizes of this device
+    seed: int
+    held: dict  # memory while loading
+    hardware: dict  # roofline.bandwidth_and_rate
+    kv_bytes: float | None  # per token; None: the model keeps no keys and values
+    before: dict  # conditions
+    began: float  # time.perf_counter()
+    unmeasured: str | None  # why no times are measured
+
+    @property
+    def model(self):
+        return self.loaded.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.loaded.model.device
+
+    @property
+    def deadline(self) -> float:
+        return self.began + DEADLINE_SECONDS[self.device.type]
+
+
+def own_compile_cache() -> None:
+    """Let this process compile into a folder of its own: tuned kernels are cached on disk, and processes that share the
+    cache are not independent."""
+    folder = tempfile.mkdtemp(prefix="inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    os.environ.pop("TRITON_CACHE_DIR", None)  # Inductor then puts Triton's into its own
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+@contextmanager
+def attempt(found: dict, what: str):
+    """What fails, for lack of memory or because a model's architecture is another, becomes a row of `left_out`."""
+    try:
+        yield
+    except Exception as error:  # models' own code raises any class
+        reason = str(error) if isinstance(error, NotImplementedError) else first_line(error)
+        found["left_out"].append({"what": what, "reason": reason})
+        free()
+
+
+def blank() -> dict:
+    return {part: [] for part in PARTS} | {"modes": {}}
+
+
+@torch.no_grad()
+def _kv_bytes(model, seed: int) -> float:
+    out = model(input_ids=prompt(model, 1, 8, seed), use_cache=True, logits_to_keep=1)
+    return kv_cache_bytes_per_token(getattr(out, "past_key_values", None))
+
+
+# ---- memory ----
+
+
+def load(study, configuration) -> Bench:
+    """Load the model, keep what that took, and find what the hardware can do. Raises StudyError or NotHere if the
+    weights can't be had."""
+    began = time.perf_counter()
+    own_compile_cache()
     device = device_and_dtype(configuration.dtype)[0]
     no_peak = reset_peak(device)
     gpu = device.type == "cuda"
@@ -36,48 +119,59 @@ def load(study, configuration):
     loaded = models.load(study, configuration)
     allocated = torch.cuda.memory_allocated() - before if gpu else None
     peak = None if no_peak else peak_mb(device)
-    stored = stored_bytes(loaded.model)
-    layers = torch.nn.ModuleList(linear_layers(loaded.model).values())
-    found = {
-        "reported_footprint_mb": loaded.model.get_memory_footprint() / MB,
+    model, stored = loaded.model, stored_bytes(loaded.model)
+    layers = torch.nn.ModuleList(linear_layers(model).values())
+    held = {
+        "reported_footprint_mb": model.get_memory_footprint() / MB,
         "allocated_mb": (sum(stored.values()) if allocated is None else allocated) / MB,
         "tensors_mb": sum(stored.values()) / MB,
         "quantization_state_mb": stored["quantization_state"] / MB,
         "linear_layers_mb": stored_bytes(layers)["parameters_and_buffers"] / MB,
-        "reserved_mb": torch.cuda.memory_reserved() / MB if gpu else None,
-        "checkpoint_mb": checkpoint_bytes(loaded.model) / MB,
+        "checkpoint_mb": (loaded.info.get("checkpoint_bytes") or checkpoint_bytes(model)) / MB,
         "peak_load_mb": peak,
-        "peak_kind": "allocated on the GPU" if gpu else "resident memory of the whole process",
         "peak_reason": no_peak,
+        "peak_prefill_mb": None,
+        "peak_prefill_tokens": None,
+        "peak_decode_mb": None,
+        "kv_cache_bytes_per_token": None,
+        "process_peak_mb": process_peak_mb(),
     }
-    return loaded, found
+    unmeasured = None
+    if configuration.quantization.method != "none" and not loaded.info["packed"]:
+        unmeasured = f"{loaded.info['kernel']}; {UNPACKED}"
+        held = {key: value if key == "checkpoint_mb" else None for key, value in held.items()}
+        held["peak_reason"] = UNPACKED
+    found, kv = blank(), None
+    with attempt(found, "KV cache"):
+        kv = _kv_bytes(model, study.seed)
+    hardware = roofline.bandwidth_and_rate(device, model.dtype)
+    sizes = getattr(study.benchmark, device.type)
+    return Bench(loaded, sizes, study.seed, held, hardware, kv, conditions.conditions(device), began, unmeasured)
 
 
 @torch.no_grad()
-def memory_pass(loaded, sizes, seed: int) -> dict:
-    """Peaks of a prefill and of an eager decode at batch 1, the KV cache, and what the first run changed.
-
-    peak_prefill_mb (longest prefill), peak_decode_mb, kv_cache_bytes_per_token, tensors_after_run_mb (bitsandbytes repacks 4-bit
-    weights at the first run on CPUs with AVX512-BF16), process_peak_mb.
-    """
-    model = loaded.model
-    device = model.device
-    no_peak = reset_peak(device)
+def memory(bench: Bench) -> dict:
+    """`bench.held`, and peaks of the longest prefill and of an eager decode at batch 1: memory, and left_out."""
+    model, sizes, held, found = bench.model, bench.sizes, dict(bench.held), blank()
+    if bench.unmeasured:
+        return {"memory": held, "left_out": [{"what": "memory", "reason": bench.unmeasured}]}
+    held["kv_cache_bytes_per_token"] = bench.kv_bytes
     longest = max(sizes.prefill_tokens)
-    out = model(input_ids=prompt(model, 1, longest, seed), use_cache=True, logits_to_keep=1)
-    kv = kv_cache_bytes_per_token(out.past_key_values)
-    del out
-    prefill = None if no_peak else peak_mb(device)
-    reset_peak(device)
-    generate(model, prompt(model, 1, sizes.prompt_tokens, seed), min(sizes.decode_tokens, 8))
-    return {
-        "peak_prefill_mb": prefill,
-        "peak_prefill_tokens": longest,
-        "peak_decode_mb": None if no_peak else peak_mb(device),
-        "kv_cache_bytes_per_token": kv,
-        "tensors_after_run_mb": sum(stored_bytes(model).values()) / MB,
-        "process_peak_mb": process_peak_mb(),
-    }
+    with attempt(found, "peak memory of prefill"):
+        no_peak = reset_peak(bench.device)
+        model(input_ids=prompt(model, 1, longest, bench.seed), use_cache=True, logits_to_keep=1)
+        held |= {"peak_prefill_mb": None if no_peak else peak_mb(bench.device), "peak_prefill_tokens": longest}
+    with attempt(found, "peak memory of decode"):
+        no_peak = reset_peak(bench.device)
+        generate(model, prompt(model, 1, sizes.prompt_tokens, bench.seed), min(sizes.decode_tokens, 4))
+        held["peak_decode_mb"] = None if no_peak else peak_mb(bench.device)
+    peaks = [held[k] or 0.0 for k in ("peak_load_mb", "peak_prefill_mb", "peak_decode_mb")]
+    # On a CPU each phase starts the process's own peak anew.
+    held["process_peak_mb"] = max(process_peak_mb(), *(peaks if bench.device.type == "cpu" else [0.0]))
+    return {"memory": held, "left_out": found["left_out"]}
+
+
+# ---- prefill ----
 
 
 def prefill_row(mode: str, batch: int, tokens: int, samples_ms: list[float], limit: tuple[float, str]) -> dict:
@@ -89,88 +183,207 @@ def prefill_row(mode: str, batch: int, tokens: int, samples_ms: list[float], lim
 
 
 @torch.no_grad()
-def prefill_pass(
-    loaded, sizes, seed: int, hardware: dict, kv_bytes: float, progress=print
-) -> tuple[list[dict], list[dict]]:
-    """Rows of prefill times at batch 1, and what was left out. "cuda_graph" runs the eager kernels without their launches."""
-    model, rows, left_out = loaded.model, [], []
-    device = model.device
+def prefill(bench: Bench, progress=print) -> dict:
+    """Rows of prefill times at batch 1. "cuda_graph" runs the eager kernels without their launches."""
+    model, sizes, found = bench.model, bench.sizes, blank()
+    if bench.unmeasured:
+        return _unmeasured(bench, "prefill")
     for tokens in sizes.prefill_tokens:
-        ids = prompt(model, 1, tokens, seed)
-        limit = roofline.limit(
-            roofline.step_bytes(model, 1, 0, kv_bytes, tokens), roofline.operations(model, 1, tokens), hardware
-        )
-        for mode in (m for m in sizes.modes if m in ("eager", "cuda_graph")):
-            graph, why = None, decoder.obstacle(model, mode)
-            if mode == "cuda_graph" and why is None:
-                try:
+        for mode in (m for m in sizes.modes if m != "compile"):
+            with attempt(found, f"prefill of {tokens} tokens, {mode}"):
+                ids, graph = prompt(model, 1, tokens, bench.seed), None
+                moved = roofline.step_bytes(model, 1, 0, bench.kv_bytes, tokens)
+                limit = roofline.limit(moved, roofline.operations(model, 1, tokens), bench.hardware)
+                if mode == "cuda_graph":
+                    decoder.refuse(model, mode)
                     graph = decoder.captured_prefill(model, ids)
-                except (RuntimeError, NotImplementedError) as error:
-                    why = first_line(error)
-            if why:
-                left_out.append({"what": f"prefill of {tokens} tokens, {mode}", "reason": why})
-                continue
-            run = graph.replay if graph else lambda ids=ids: model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            samples = timing.repeat(run, device, sizes.repeats, sizes.warmup, timing.CELL_SECONDS[device.type])
-            rows.append(prefill_row(mode, 1, tokens, samples, limit))
-            progress(f"prefill {tokens} tokens, {mode}: {rows[-1]['median_ms']:.2f} ms")
-            del graph, run
-    return rows, left_out
+                run = graph.replay if graph else lambda ids=ids: model(input_ids=ids, use_cache=True, logits_to_keep=1)
+                seconds = timing.CELL_SECONDS[bench.device.type]
+                samples = timing.repeat(run, bench.device, sizes.repeats, sizes.warmup, seconds)
+                del run, graph
+                found["prefill"].append(prefill_row(mode, 1, tokens, samples, limit))
+                progress(f"prefill {tokens} tokens, {mode}: {found['prefill'][-1]['median_ms']:.2f} ms")
+    return found
 
 
-def why_not(model, mode: str) -> str:
-    """Why a mode was not measured that the study's sizes do not name."""
-    return decoder.obstacle(model, mode) or f"{mode}: the study's sizes for this device do not name it"
+def _unmeasured(bench: Bench, what: str) -> dict:
+    return blank() | {"left_out": [{"what": what, "reason": bench.unmeasured}]}
 
 
-def measure(study, configuration, progress=print) -> dict:
-    """Measure one configuration; see the module for the steps and the result files' schema for the keys.
+# ---- decode ----
 
-    progress: called with one line of text after each cell. Raises StudyError if the weights can't be had; what fails later for lack of
-    a GPU, of time or of memory is a reason in the result.
+
+def decode_row(mode, batch, prompt_tokens, tokens, samples_ms_per_token, byte_count, hardware) -> dict:
+    """One cell of the decode table. tokens: decoded in one sample. byte_count: that a step must move."""
+    row = {"mode": mode, "batch": batch, "prompt_tokens": prompt_tokens, "tokens_per_sample": tokens}
+    row |= timing.summary(samples_ms_per_token, "ms_per_token")
+    median = row["median_ms_per_token"]
+    limit = roofline.memory_limit_ms(byte_count, hardware["copy_bandwidth_gb_per_second"])
+    return row | {
+        "tokens_per_second": timing.per_second(batch, median),
+        "bytes_per_step": byte_count,
+        "limit_ms": limit,
+        "achieved_gb_per_second": roofline.rate_gb(byte_count, median),
+        "percent_of_limit": timing.percent_of_limit(limit, median),
+        "build_seconds": None,
+    }
+
+
+def energy_row(mode: str, batch: int, run, tokens_per_run: int, device, includes_prefill: bool) -> dict:
+    """Joules per token of `run`, repeated for ENERGY_SECONDS: the mean power between moves of the GPU's counter,
+    times the time of a token."""
+    runs, began = 0, time.perf_counter()
+
+    def work() -> None:
+        nonlocal runs
+        while time.perf_counter() - began < ENERGY_SECONDS:
+            run()
+            timing.synchronize(device)
+            runs += 1
+
+    timing.synchronize(device)
+    watts, counted = conditions.mean_watts(device, work)
+    seconds = time.perf_counter() - began
+    tokens = runs * tokens_per_run * batch
+    row = {"mode": mode, "batch": batch, "tokens": tokens, "seconds": seconds, "counter_seconds": counted}
+    return row | {
+        "mean_watts": watts,
+        "joules_per_token": watts * seconds / tokens,
+        "includes_prefill": includes_prefill,
+    }
+
+
+def cells(bench: Bench) -> list[tuple[int, int]]:
+    """(batch, tokens of context) of all decode rows: the prompt at every batch size, longer contexts at batch 1."""
+    sizes = bench.sizes
+    most = getattr(bench.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    longer = [c for c in sizes.contexts if c != sizes.prompt_tokens and c + sizes.decode_tokens <= most]
+    first, *others = [(batch, sizes.prompt_tokens) for batch in sizes.batch_sizes]
+    return [first, *((1, context) for context in longer), *others]
+
+
+def decode(bench: Bench, mode: str, progress=print) -> dict:
+    """Time per output token in one mode, a row per batch size and context; with energy, agreement with eager and the
+    profile of a step, where this mode and cell are chosen for them."""
+    if bench.unmeasured:
+        return _unmeasured(bench, f"decode, {mode}")
+    found, expected = blank(), 0.0
+    for batch, context in cells(bench):
+        what = f"decode at batch {batch}, {context} tokens of context, {mode}"
+        if mode != "eager" and time.perf_counter() + expected > bench.deadline - CAPACITY_SECONDS:
+            reason = f"building it takes some {expected:.0f} s, and the time for this notebook was over"
+            found["left_out"].append({"what": what, "reason": reason})
+            continue
+        with attempt(found, what):
+            decoder.refuse(bench.model, mode)
+            (_eager_cell if mode == "eager" else _decoder_cell)(bench, mode, batch, context, found)
+            row = found["decode"][-1]
+            # A single row is tuned (decoder.compile_options), which takes far longer than several.
+            expected = max(expected, row["build_seconds"] or 0.0) if batch > 1 else expected
+            progress(f"{what}: {row['median_ms_per_token']:.3f} ms per token")
+        if not found["decode"]:
+            break  # what the first cell can't do, none can
+    reason = None if found["decode"] else found["left_out"][0]["reason"]
+    found["modes"][mode] = {"ok": reason is None, "reason": reason}
+    return found
+
+
+def _eager_cell(bench: Bench, mode: str, batch: int, context: int, found: dict) -> None:
+    model, sizes = bench.model, bench.sizes
+    ids = prompt(model, batch, context, bench.seed)
+    first_ms, samples, tokens = eager_samples(model, ids, sizes)
+    count = roofline.step_bytes(model, batch, context + tokens / 2, bench.kv_bytes)
+    found["decode"].append(decode_row(mode, batch, context, tokens, samples, count, bench.hardware))
+    first = {"mode": mode, "batch": batch, "prompt_tokens": context, **timing.summary(first_ms, "ms")}
+    found["time_to_first_token"].append(first)
+    if (batch, context) == cells(bench)[0]:
+        _measure_energy(bench, mode, batch, lambda: generate(model, ids, tokens), tokens, found)
+        with attempt(found, "profile, eager"), torch.no_grad():
+            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+            def one() -> None:
+                model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+            one()
+            _profile(bench, mode, batch, one, 1, found)
+
+
+def _decoder_cell(bench: Bench, mode: str, batch: int, context: int, found: dict) -> None:
+    model, sizes = bench.model, bench.sizes
+    ids = prompt(model, batch, context, bench.seed)
+    running = decoder.Decoder(model, ids, sizes.decode_tokens, captured=True, compiled=mode == "compile")
+    try:
+        samples, tokens = decoder_samples(running, sizes)
+        count = roofline.step_bytes(model, batch, context + tokens / 2, bench.kv_bytes)
+        row = decode_row(mode, batch, context, tokens, samples, count, bench.hardware)
+        found["decode"].append(row | {"build_seconds": running.build_seconds})
+        first = (batch, context) == cells(bench)[0]
+        # Energy in the fastest mode alone, at one row and at most rows.
+        able = [m for m in sizes.modes if decoder.obstacle(model, m) is None]
+        if mode == able[-1] and (first or batch == max(sizes.batch_sizes)):
+
+            def run() -> None:
+                running.reset()
+                for _ in range(tokens - 1):
+                    running.step()
+
+            _measure_energy(bench, mode, batch, run, tokens - 1, found)
+        if first:
+            with attempt(found, f"agreement, {mode}"):
+                tokens = min(sizes.decode_tokens, AGREEMENT_TOKENS)
+                found["agreement"].append(agreement(model, ids, running, tokens, mode))
+            running.reset()
+            steps = min(PROFILED_STEPS, sizes.decode_tokens - 1)
+            with attempt(found, f"profile, {mode}"):
+                _profile(bench, mode, batch, lambda: [running.step() for _ in range(steps)], steps, found)
+    finally:
+        running.close()
+
+
+def _measure_energy(bench: Bench, mode: str, batch: int, run, tokens: int, found: dict) -> None:
+    if conditions.energy_reason(bench.device) is None:
+        with attempt(found, f"energy at batch {batch}, {mode}"):
+            found["energy"].append(energy_row(mode, batch, run, tokens, bench.device, mode == "eager"))
+
+
+def _profile(bench: Bench, mode: str, batch: int, function, steps: int, found: dict) -> None:
+    wall = found["decode"][-1]["median_ms_per_token"]
+    rows = roofline.profile(function, bench.device, wall, steps, roofline.matmul_bytes(bench.model))
+    found["profile"].extend({"mode": mode, "batch": batch, **row} for row in rows)
+
+
+# ---- all of it ----
+
+
+def result(bench: Bench, memory: dict, parts: list[dict], largest=([], None), int8: dict | None = None) -> dict:
+    """What goes into the result file: the passes' rows, by the keys of helpers.schema_benchmark.Benchmark.
+
+    largest: what `capacity.largest_batches` returned; int8: `int8_limit.reproduce`'s.
     """
-    began = time.perf_counter()
-    loaded, held = load(study, configuration)
-    model, device = loaded.model, loaded.model.device
-    sizes = getattr(study.benchmark, device.type)
-    deadline = began + DEADLINE_SECONDS[device.type]
-    seconds = loaded.info["load_seconds"]
-    progress(
-        f"loaded in {seconds:.1f} s: {held['reported_footprint_mb']:.2f} MB reported, {held['allocated_mb']:.2f} MB allocated"
-    )
-    before = conditions.conditions(device)
-    held |= memory_pass(loaded, sizes, study.seed)
-    if device.type == "cpu":
-        held["process_peak_mb"] = max(
-            held[k] or 0.0 for k in ("peak_load_mb", "peak_prefill_mb", "peak_decode_mb", "process_peak_mb")
-        )
-    kv_bytes = held["kv_cache_bytes_per_token"]
-    hardware = roofline.bandwidth_and_rate(device, model.dtype)
-    prefill, left_out = prefill_pass(loaded, sizes, study.seed, hardware, kv_bytes, progress)
-    arguments = (sizes, study.seed, hardware, kv_bytes)
-    found = [throughput.eager_pass(loaded, *arguments, progress)]
-    for mode in (m for m in sizes.modes if m != "eager"):
-        found.append(throughput.decoder_pass(loaded, mode, *arguments, deadline - CAPACITY_SECONDS, progress))
-    joined = throughput.join(found)
-    largest, reason = capacity.largest_batches(
-        loaded, sizes, study.benchmark.memory_budgets_gib, study.seed, deadline, progress
-    )
-    int8 = int8_limit.reproduce() if widest_int8_layer(model) else None
-    after = conditions.conditions(device)
+    joined = {name: [row for part in parts for row in part[name]] for name in PARTS}
+    modes = {mode: status for part in parts for mode, status in part["modes"].items()}
+    after = conditions.conditions(bench.device)
+    for mode in decoder.MODES:
+        why = bench.unmeasured or decoder.obstacle(bench.model, mode) or "the study's sizes do not name it"
+        modes.setdefault(mode, {"ok": False, "reason": why})
     return {
-        **{key: loaded.info[key] for key in ("device", "dtype", "dtype_reason", "load_seconds")},
-        "loading": loaded.info,
-        "memory": held,
-        "prefill": prefill,
+        "device": bench.device.type,
+        "dtype": bench.loaded.info["dtype"],
+        "loading": bench.loaded.info,
+        **memory,
         **joined,
-        "energy": {"rows": joined["energy"], "reason": conditions.energy_reason(device)},
-        "modes": {m: joined["modes"].get(m) or {"ok": False, "reason": why_not(model, m)} for m in decoder.MODES},
-        "left_out": left_out + joined["left_out"],
-        "hardware": hardware,
-        "largest_batch": largest,
-        "largest_batch_reason": reason,
+        "left_out": memory["left_out"] + joined["left_out"],
+        "energy": {"rows": joined["energy"], "reason": bench.unmeasured or conditions.energy_reason(bench.device)},
+        "modes": modes,
+        "hardware": bench.hardware,
+        "largest_batch": largest[0],
+        "largest_batch_reason": largest[1],
         "int8_limit": int8,
-        "conditions": {"before": before, "after": after, "warnings": conditions.warnings(before, after)},
-        "sizes": sizes.model_dump(),
-        "measure_seconds": time.perf_counter() - began,
+        "conditions": {
+            "before": bench.before,
+            "after": after,
+            "warnings": conditions.warnings(bench.before, after),
+        },
+        "sizes": bench.sizes.model_dump(),
+        "measure_seconds": time.perf_counter() - bench.began,
     }

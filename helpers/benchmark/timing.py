@@ -1,10 +1,10 @@
 """Clocks and samples: how one run is timed, and what is said of many.
 
-A CUDA run is timed by two events on its stream, a CPU run by `perf_counter`. Every sample is kept; a cell of a table is the
-median with its quartiles and n.
+A CUDA run is timed by two events on its stream, a CPU run by `perf_counter`. Every sample is kept; a cell of a table is
+the median of those after a drifting start (`settled`), with quartiles and n.
 
     samples_ms = timing.repeat(lambda: model(ids), device, repeats=10, warmup=3)
-    timing.summary(samples_ms, "ms")    # {"median_ms": ..., "q25_ms": ..., "q75_ms": ..., "n": 10, "samples_ms": [...]}
+    timing.summary(samples_ms, "ms")    # median_ms, q25_ms, q75_ms, n, dropped, samples_ms
 """
 
 import time
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 LEAST_REPEATS = 3
-CELL_SECONDS = {"cpu": 4.0, "cuda": 3.0}  # for one cell of a table, LEAST_REPEATS aside
+CELL_SECONDS = {"cpu": 2.0, "cuda": 3.0}  # for one cell of a table, LEAST_REPEATS aside
+DRIFT = 1.2
 
 
 def synchronize(device: torch.device) -> None:
@@ -54,10 +55,11 @@ def repeat(
     seconds: float = float("inf"),
     before: Callable = lambda: None,
 ) -> list[float]:
-    """Samples (ms) of `function`, after `warmup` unrecorded calls of the same path. `before` precedes every call, untimed.
+    """Samples (ms) of `function`, after `warmup` unrecorded calls of the same path. `before` precedes every call,
+    untimed.
 
-    A slow cell stops early: no further warm-up after a third of `seconds`, no further sample once `seconds` are over, but
-    LEAST_REPEATS samples are always taken. n travels with the summary.
+    A slow cell stops early: no further warm-up after a third of `seconds`, no further sample once `seconds` are over,
+    but LEAST_REPEATS samples are always taken. n travels with the summary.
     """
     began = time.perf_counter()
     for _ in range(warmup):
@@ -72,24 +74,31 @@ def repeat(
     return samples
 
 
-def summary(samples: list[float], unit: str) -> dict:
-    """Median, quartiles, n and the samples themselves, named by `unit`; and how far the second half's median is from the first's.
+def settled(samples: list[float]) -> list[float]:
+    """Samples without a drifting start: from the front, what is over DRIFT times the median of the later half is
+    dropped.
 
-    `drift_percent` compares the medians of the two halves, in the order of measurement: what a repeat of the cell would show.
-    It is None below six samples.
+    At most half of them, and never below LEAST_REPEATS: where nothing settles, nothing is hidden.
     """
-    q25, median, q75 = np.percentile(samples, [25, 50, 75])
-    half = len(samples) // 2
-    drift = None
-    if len(samples) >= 6:
-        first, second = np.median(samples[:half]), np.median(samples[-half:])
-        drift = float(abs(second - first) / median * 100)
+    later = float(np.median(samples[len(samples) // 2 :]))
+    at_most = max(0, min(len(samples) // 2, len(samples) - LEAST_REPEATS))
+    dropped = 0
+    while dropped < at_most and samples[dropped] > DRIFT * later:
+        dropped += 1
+    return samples[dropped:]
+
+
+def summary(samples: list[float], unit: str) -> dict:
+    """Median and quartiles of the settled samples, named by `unit`; n of them, how many were dropped, and all
+    samples."""
+    kept = settled(samples)
+    q25, median, q75 = np.percentile(kept, [25, 50, 75])
     return {
         f"median_{unit}": float(median),
         f"q25_{unit}": float(q25),
         f"q75_{unit}": float(q75),
-        "n": len(samples),
-        "drift_percent": drift,
+        "n": len(kept),
+        "dropped": len(samples) - len(kept),
         f"samples_{unit}": [float(s) for s in samples],
     }
 

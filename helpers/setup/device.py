@@ -55,10 +55,15 @@ def trim() -> None:
 
 
 def kv_cache_bytes_per_token(cache) -> float:
-    """Bytes of keys and values that one token of one sequence keeps, read off a filled transformers cache."""
-    total = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    batch, _, length, _ = cache.layers[0].keys.shape
-    return total / (batch * length)
+    """Bytes of keys and values that one token of one sequence adds, read off a filled transformers cache.
+
+    A layer with a sliding window adds none beyond it. Raises NotImplementedError for a cache of another kind, such as a
+    state-space model's.
+    """
+    layers = getattr(cache, "layers", None) or []
+    if not layers or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
+        raise NotImplementedError(f"{type(cache).__name__} does not hold keys and values in every layer")
+    return sum((la.keys.nbytes + la.values.nbytes) / (la.keys.shape[0] * la.keys.shape[2]) for la in layers)
 
 
 def process_peak_mb() -> float:

@@ -158,7 +158,8 @@ def _of_compressed(module: torch.nn.Linear) -> Int4Linear:
 
 
 def replace_layers(model: torch.nn.Module) -> int:
-    """Replace every layer that holds packed 4-bit integers, before the model's first forward pass; returns their number."""
+    """Replace every layer that holds packed 4-bit integers, before the model's first forward pass; returns their
+    number."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module._parameters.get("weight_packed") is not None:

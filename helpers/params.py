@@ -85,7 +85,7 @@ class CPUSizes(Sizes):
     prefill_tokens: list[Positive] = [128, 512]
     batch_sizes: list[Positive] = [1, 4, 8]
     prompt_tokens: Positive = 16
-    contexts: list[Positive] = [256]
+    contexts: list[Positive] = [128]
     decode_tokens: Positive = 16
     repeats: Annotated[int, Field(ge=3)] = 5
     warmup: Positive = 1

@@ -8,6 +8,7 @@ Nothing here imports torch: the analysis reads these models on any machine.
 from typing import Literal
 
 from helpers.schema_base import Data
+from helpers.schema_benchmark import Benchmark
 from helpers.schema_fidelity import Fidelity, Weights
 
 Kind = Literal["setup", "evaluation", "benchmark", "fidelity", "weights"]
@@ -28,13 +29,6 @@ class Evaluation(Data):
     engine: dict  # hf-dialogue's timings and counts
     loading: dict  # models.load's info
     process_peak_mb: float  # highest resident memory of the process, MiB
-
-
-class Benchmark(Data):
-    device: str  # cpu or cuda
-    memory: dict
-    prefill: list  # a row per mode and length
-    decode: list  # a row per mode and batch size
 
 
 DATA: dict[str, type[Data]] = {

@@ -30,10 +30,12 @@ class Memory(Exact):
 
 
 class Time(Exact):
+    """Keys with a default are not in schema 1."""
+
     mode: Mode
     batch: int
     n: int  # samples behind the median
-    dropped: int  # samples before them: a drifting start
+    dropped: int | None = None  # samples before them: a drifting start
 
 
 class Milliseconds(Time):
@@ -66,8 +68,8 @@ class Decode(Time):
     bytes_per_step: int  # that a step must move
     limit_ms: float  # to move them at the copy bandwidth
     achieved_gb_per_second: float
-    percent_of_limit: float
-    build_seconds: float | None  # compiling and capturing; None: eager
+    percent_of_limit: float | None = None
+    build_seconds: float | None = None  # compiling and capturing; None: eager
 
 
 class Joules(Exact):
@@ -75,7 +77,9 @@ class Joules(Exact):
     batch: int
     tokens: int  # generated while measured
     seconds: float
-    counter_seconds: float  # between the first and last move of the energy counter, which mean_watts stands for
+    counter_seconds: float | None = (
+        None  # between the first and last move of the energy counter, which mean_watts stands for
+    )
     mean_watts: float
     joules_per_token: float
     includes_prefill: bool
@@ -92,7 +96,7 @@ class Agreement(Exact):
     mode: Mode
     tokens: int  # compared
     identical: int  # of them, before the first that differs
-    explained: bool | None  # rounding explains the difference; None: there is none
+    explained: bool | None = None  # rounding explains the difference; None: there is none
 
 
 class Profile(Exact):
@@ -103,8 +107,10 @@ class Profile(Exact):
     what: str
     ms_per_step: float
     share: float  # 0 to 1
-    kernels: float | None  # launched per step
-    gb_per_second: float | None  # weights read by a matmul, per second of its kernels; None: not a matmul, or unknown
+    kernels: float | None = None  # launched per step
+    gb_per_second: float | None = (
+        None  # weights read by a matmul, per second of its kernels; None: not a matmul, or unknown
+    )
 
 
 class Status(Exact):
@@ -132,18 +138,18 @@ class Largest(Exact):
     budget_gib: float
     mode: Mode | None  # of the times: the fastest that fits
     batch: int  # that decodes; 0: none
-    fails: int | None  # the smallest that was seen to fail
-    predicted_batch: int | None  # linear in two peaks
-    tries: int
-    allocated_before_mb: float | None  # the weights, and what libraries keep
-    peak_reserved_mb: float | None
+    fails: int | None = None  # the smallest that was seen to fail
+    predicted_batch: int | None = None  # linear in two peaks
+    tries: int | None = None
+    allocated_before_mb: float | None = None  # the weights, and what libraries keep
+    peak_reserved_mb: float | None = None
     tokens_per_second: float | None  # of all rows
-    median_ms_per_token: float | None
-    q25_ms_per_token: float | None
-    q75_ms_per_token: float | None
-    n: int
-    dropped: int
-    samples_ms_per_token: list[float]
+    median_ms_per_token: float | None = None
+    q25_ms_per_token: float | None = None
+    q75_ms_per_token: float | None = None
+    n: int | None = None
+    dropped: int | None = None
+    samples_ms_per_token: list[float] | None = None
     reason: str | None  # why there is no batch
 
 

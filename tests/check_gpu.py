@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import params
-from helpers.benchmark import capacity, conditions, decoder, passes, roofline, timing
+from helpers.benchmark import capacity, conditions, decoder, generation, passes, timing
 from helpers.setup import layers, models, packed
 
 DEVICE = torch.device("cuda")
@@ -91,13 +91,8 @@ def microseconds(function) -> float:
 def bench(model, seconds: float = 100.0, dtype: str = "bfloat16") -> passes.Bench:
     """As passes.load gives it, of a model that is there."""
     info = {"dtype": dtype, "packed": True, "kernel": "check"}
-    hardware = roofline.bandwidth_and_rate(DEVICE, model.dtype)
-    now = time.perf_counter()
-    began = now + seconds - passes.DEADLINE_SECONDS["cuda"]
-    kv = passes._kv_bytes(model, 0)
-    return passes.Bench(
-        models.Loaded(model, None, info), SIZES, 0, {}, hardware, kv, conditions.conditions(DEVICE), began, None
-    )
+    began = time.perf_counter() + seconds - passes.DEADLINE_SECONDS["cuda"]
+    return passes.ready(models.Loaded(model, None, info), SIZES, 0, {}, began)
 
 
 def main() -> None:
@@ -199,7 +194,7 @@ def main() -> None:
 
     @check("energy")
     def _():
-        running = decoder.Decoder(model, passes.prompt(model, 1, 128, 0), 32, captured=True)
+        running = decoder.Decoder(model, generation.prompt(model, 1, 128, 0), 32, captured=True)
 
         def run() -> None:
             running.reset()

@@ -2,35 +2,55 @@
 
 import json
 import mmap
+import time
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import ROOT, params
-from helpers.benchmark import capacity, conditions, decoder, throughput, timing
-from helpers.benchmark import passes as benchmark
+from helpers.benchmark import capacity, conditions, decoder, generation, passes, timing
+from helpers.schema_benchmark import Benchmark, Largest, Memory
+from helpers.setup import models
 from helpers.setup.device import MB, kv_cache_bytes_per_token, process_peak_mb, reset_peak
 from helpers.setup.layers import int8_threshold, quantization_state, stored_bytes
 
 CPU = torch.device("cpu")
+QUIET = lambda line: None  # noqa: E731
 HARDWARE = {"copy_bandwidth_gb_per_second": 1000.0, "matmul_tflops": 100.0}
 
 
 @pytest.fixture(scope="module")
 def sizes():
-    return params.Sizes(
-        prefill_tokens=[8, 16], batch_sizes=[1, 2], prompt_tokens=8, decode_tokens=4, repeats=3, warmup=1
+    return params.CPUSizes(
+        prefill_tokens=[8, 16], batch_sizes=[1, 2], prompt_tokens=8, contexts=[24], decode_tokens=4, repeats=3, warmup=1
     )
 
 
 def test_summary_keeps_samples_and_gives_median_and_quartiles():
     found = timing.summary([4.0, 1.0, 2.0, 3.0, 5.0], "ms")
-    assert (found["median_ms"], found["q25_ms"], found["q75_ms"], found["n"]) == (3.0, 2.0, 4.0, 5)
-    assert found["samples_ms"] == [4.0, 1.0, 2.0, 3.0, 5.0] and found["drift_percent"] is None
+    assert (found["median_ms"], found["q25_ms"], found["q75_ms"], found["n"]) == (2.5, 1.75, 3.5, 4)
+    assert found["samples_ms"] == [4.0, 1.0, 2.0, 3.0, 5.0] and found["dropped"] == 1
 
 
-def test_drift_compares_the_halves():
-    assert timing.summary([10, 10, 10, 11, 11, 11], "ms")["drift_percent"] == pytest.approx(100 / 10.5)
+@pytest.mark.parametrize(
+    ("samples", "dropped"),
+    [
+        ([63.8, 67.3, 27.3, 21.7, 22.3, 22.0], 3),  # a start that settles
+        ([22.1, 22.0, 21.9, 22.3, 22.0, 22.2], 0),  # steady
+        ([24.0, 22.0, 22.0, 22.0, 22.0, 22.0], 0),  # within the rule's 20%
+        ([22.0, 60.0, 22.0, 22.0, 22.0, 22.0], 0),  # a late outlier is no start
+        ([60.0, 22.0, 22.0, 22.0, 60.0, 22.0], 1),
+        ([90.0, 80.0, 70.0, 60.0, 50.0, 40.0], 3),  # never settles: at most half
+        ([20.0, 20.0, 20.0, 30.0, 30.0, 30.0], 0),  # slower later: nothing to drop
+        ([63.8, 67.3, 27.3], 0),  # fewer than LEAST_REPEATS would remain
+        ([63.8, 22.0, 22.0, 22.0], 1),
+        ([22.0], 0),
+    ],
+)
+def test_a_drifting_start_is_dropped(samples, dropped):
+    assert timing.settled(samples) == samples[dropped:]
+    assert timing.summary(samples, "ms")["dropped"] == dropped
 
 
 def test_repeat_warms_up_on_the_same_path_and_stops_early_but_not_too_early():
@@ -42,38 +62,50 @@ def test_repeat_warms_up_on_the_same_path_and_stops_early_but_not_too_early():
 
 
 def test_time_per_output_token_leaves_the_first_out():
-    assert throughput.per_token_ms(1.0, 1.3, tokens=4) == pytest.approx(100.0)
+    assert generation.per_token_ms(1.0, 1.3, tokens=4) == pytest.approx(100.0)
 
 
 def test_prefill_row():
-    row = benchmark.prefill_row("eager", 2, 100, [9.0, 10.0, 11.0], (4.0, "compute"))
+    row = passes.prefill_row("eager", 2, 100, [9.0, 10.0, 11.0], (4.0, "compute"))
     assert row["tokens_per_second"] == pytest.approx(20_000)
     assert row["percent_of_limit"] == pytest.approx(40.0)
     assert (row["limit_ms"], row["limit_kind"], row["batch"], row["tokens"], row["n"]) == (4.0, "compute", 2, 100, 3)
 
 
 def test_decode_row():
-    row = throughput.decode_row("cuda_graph", 8, 128, 64, [2.0, 2.0, 2.0], int(1e9), HARDWARE)
+    row = passes.decode_row("cuda_graph", 8, 128, 64, [2.0, 2.0, 2.0], int(1e9), HARDWARE)
     assert row["tokens_per_second"] == pytest.approx(4000)
     assert row["achieved_gb_per_second"] == pytest.approx(500)
-    assert row["limit_ms"] == pytest.approx(1.0) and row["percent_of_bandwidth"] == pytest.approx(50)
+    assert row["limit_ms"] == pytest.approx(1.0) and row["percent_of_limit"] == pytest.approx(50)
     assert row["median_ms_per_token"] == 2.0 and row["samples_ms_per_token"] == [2.0, 2.0, 2.0]
 
 
-def test_energy_row_divides_by_the_tokens_of_all_rows(monkeypatch):
-    counter = iter([100.0, 130.0])
-    monkeypatch.setattr(conditions, "energy_joules", lambda device: next(counter))
-    monkeypatch.setattr(throughput, "ENERGY_SECONDS", 0.05)
+class Meter:
+    """An energy counter that moves every 20 ms, at 200 W."""
+
+    def __call__(self, device):
+        return 200 * (time.perf_counter() // 0.02) * 0.02
+
+
+def test_energy_is_the_counters_power_times_a_tokens_time(monkeypatch):
+    monkeypatch.setattr(conditions, "energy_joules", Meter())
+    monkeypatch.setattr(passes, "ENERGY_SECONDS", 0.3)
     runs = []
-    row = throughput.energy_row("compile", 4, lambda: runs.append(1), 10, CPU, includes_prefill=False)
-    assert row["tokens"] == len(runs) * 40 and row["joules"] == 30.0
-    assert row["joules_per_token"] == pytest.approx(30 / row["tokens"])
-    assert row["mean_watts"] == pytest.approx(30 / row["seconds"])
+    row = passes.energy_row("compile", 4, lambda: runs.append(time.sleep(0.01)), 10, CPU, includes_prefill=False)
+    assert row["tokens"] == len(runs) * 40
+    assert row["mean_watts"] == pytest.approx(200, rel=0.15) and 0.2 < row["counter_seconds"] <= row["seconds"]
+    assert row["joules_per_token"] == pytest.approx(row["mean_watts"] * row["seconds"] / row["tokens"])
+
+
+def test_a_counter_that_stands_still_is_no_energy(monkeypatch):
+    monkeypatch.setattr(conditions, "energy_joules", lambda device: 5.0)
+    with pytest.raises(RuntimeError, match="hardly moved"):
+        conditions.mean_watts(CPU, lambda: time.sleep(0.02))
 
 
 def test_leading_equal():
-    assert throughput.leading_equal(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 9, 4])) == 2
-    assert throughput.leading_equal(torch.tensor([1, 2]), torch.tensor([1, 2])) == 2
+    assert generation.leading_equal(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 9, 4])) == 2
+    assert generation.leading_equal(torch.tensor([1, 2]), torch.tensor([1, 2])) == 2
 
 
 def test_batch_that_fits_is_linear_in_the_peaks():
@@ -124,25 +156,24 @@ def test_a_4bit_layers_state_by_hand():
 
 
 def test_really_allocated_is_more_than_the_reported_footprint(study):
-    loaded, held = benchmark.load(study, params.read_configuration("smollm2-135m", "nf4"))
+    bench = passes.load(study, params.read_configuration("smollm2-135m", "nf4"))
+    held, model = bench.held, bench.model
     assert held["allocated_mb"] > held["reported_footprint_mb"]
-    if loaded.model.device.type == "cpu":
-        assert held["allocated_mb"] == pytest.approx(
-            held["reported_footprint_mb"] + held["quantization_state_mb"], abs=0.01
-        )
-        assert held["reserved_mb"] is None
+    if bench.device.type == "cpu":
+        reported = held["reported_footprint_mb"] + held["quantization_state_mb"]
+        assert held["allocated_mb"] == pytest.approx(reported, abs=0.01)
     # One byte of absmax for 64 weights, and little beside it.
-    weights = sum(m.in_features * m.out_features for m in loaded.model.modules() if type(m).__name__ == "Linear4bit")
+    weights = sum(m.in_features * m.out_features for m in model.modules() if type(m).__name__ == "Linear4bit")
     assert weights / 64 / MB < held["quantization_state_mb"] < 1.2 * weights / 64 / MB
     assert held["checkpoint_mb"] == pytest.approx(held["allocated_mb"], rel=0.01)
 
 
 def test_int8_scales_are_found_before_and_after_the_first_run(study):
-    loaded, _ = benchmark.load(study, params.read_configuration("smollm2-135m", "int8"))
+    loaded = models.load(study, params.read_configuration("smollm2-135m", "int8"))
     before = stored_bytes(loaded.model)
     rows = sum(m.out_features for m in loaded.model.modules() if type(m).__name__ == "Linear8bitLt")
     assert before["quantization_state"] == 4 * rows
-    throughput.generate(loaded.model, throughput.prompt(loaded.model, 1, 8, 0), 2)
+    generation.generate(loaded.model, generation.prompt(loaded.model, 1, 8, 0), 2)
     assert stored_bytes(loaded.model) == before
 
 
@@ -150,7 +181,7 @@ def test_kv_cache_bytes(load):
     model = load("fp16").model
     config = model.config
     with torch.no_grad():
-        cache = model(throughput.prompt(model, 2, 12, 0), use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(generation.prompt(model, 2, 12, 0), use_cache=True, logits_to_keep=1).past_key_values
     expected = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     assert kv_cache_bytes_per_token(cache) == expected
 
@@ -171,17 +202,17 @@ def test_a_new_phase_forgets_the_last_ones_peak():
 
 def test_prompts_are_the_seeds(load):
     model = load("fp16").model
-    first = throughput.prompt(model, 2, 16, 5)
-    assert torch.equal(first, throughput.prompt(model, 2, 16, 5)) and not torch.equal(
-        first, throughput.prompt(model, 2, 16, 6)
+    first = generation.prompt(model, 2, 16, 5)
+    assert torch.equal(first, generation.prompt(model, 2, 16, 5)) and not torch.equal(
+        first, generation.prompt(model, 2, 16, 6)
     )
     assert first.shape == (2, 16) and int(first.max()) < model.config.vocab_size
 
 
 def test_the_static_step_decodes_what_generate_decodes(load):
     model = load("fp16").model
-    ids = throughput.prompt(model, 3, 21, 0)
-    expected = throughput.generate(model, ids, 12)[:, 21:].cpu()
+    ids = generation.prompt(model, 3, 21, 0)
+    expected = generation.generate(model, ids, 12)[:, 21:].cpu()
     running = decoder.Decoder(model, ids, 12)
     assert torch.equal(running.tokens(12), expected)
     assert torch.equal(running.tokens(12), expected)  # reset is complete
@@ -191,27 +222,27 @@ def test_the_static_step_decodes_what_generate_decodes(load):
 def test_the_static_step_of_a_4bit_model_departs_by_rounding_at_most(load):
     """bitsandbytes computes 4-bit layers in bfloat16 on some CPUs, so that near ties may fall either way."""
     model = load("nf4").model
-    for seed in range(3):
-        ids = throughput.prompt(model, 1, 21, seed)
-        found = throughput.agreement(model, ids, decoder.Decoder(model, ids, 8), 8, "static")
-        assert found["identical"] == 8 or found["first_divergence"]["explained"]
+    for seed in range(1):
+        ids = generation.prompt(model, 1, 21, seed)
+        found = generation.agreement(model, ids, decoder.Decoder(model, ids, 8), 8, "static")
+        assert found["identical"] == 8 or found["explained"]
 
 
 def test_repeated_rows_decode_the_same_tokens(load):
     model = load("fp16").model
-    ids = throughput.prompt(model, 2, 9, 0)
+    ids = generation.prompt(model, 2, 9, 0)
     found = decoder.Decoder(model, ids, 6, repeat_rows=5).tokens(6)
     assert found.shape == (5, 6) and torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
 
 
 def test_end_of_text_is_suppressed_as_in_generate(load, monkeypatch):
     model = load("fp16").model
-    ids = throughput.prompt(model, 1, 16, 0)
-    likely = [int(t) for t in throughput.generate(model, ids, 3)[0, 16:]]
+    ids = generation.prompt(model, 1, 16, 0)
+    likely = [int(t) for t in generation.generate(model, ids, 3)[0, 16:]]
     monkeypatch.setattr(model.generation_config, "eos_token_id", likely)
     found = decoder.Decoder(model, ids, 6).tokens(6)
     assert not set(likely) & set(found[0].tolist())
-    assert torch.equal(found, throughput.generate(model, ids, 6)[:, 16:].cpu())
+    assert torch.equal(found, generation.generate(model, ids, 6)[:, 16:].cpu())
 
 
 @pytest.mark.parametrize("name", ["fp16", "nf4"])
@@ -221,10 +252,10 @@ def test_one_compiled_function_stands_for_all_layers(load, name, monkeypatch):
 
     model, counter, real = load(name).model, CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, options, **given: real(f, backend=counter, **given))
-    ids = throughput.prompt(model, 1, 16, 0)
+    ids = generation.prompt(model, 1, 16, 0)
     running = decoder.Decoder(model, ids, 6, compiled=True)
-    found = throughput.agreement(model, ids, running, 6, "compile")
-    assert found["identical"] == 6 or (name == "nf4" and found["first_divergence"]["explained"])
+    found = generation.agreement(model, ids, running, 6, "compile")
+    assert found["identical"] == 6 or (name == "nf4" and found["explained"])
     assert counter.frame_count == 4  # layer, last norm, rotary embedding, output head
     running.close()
     assert "forward" not in vars(model.base_model.layers[0])
@@ -251,10 +282,10 @@ def test_int8_with_outliers_names_the_threshold(load, monkeypatch):
 
 def test_agreement_counts_and_judges_the_first_divergence(load):
     model = load("fp16").model
-    ids = throughput.prompt(model, 1, 16, 0)
+    ids = generation.prompt(model, 1, 16, 0)
     running = decoder.Decoder(model, ids, 6)
-    found = throughput.agreement(model, ids, running, 6, "static")
-    assert found == {"mode": "static", "tokens": 6, "identical": 6, "first_divergence": None}
+    found = generation.agreement(model, ids, running, 6, "static")
+    assert found == {"mode": "static", "tokens": 6, "identical": 6, "explained": None}
 
     class Wrong:
         def tokens(self, count):
@@ -262,32 +293,42 @@ def test_agreement_counts_and_judges_the_first_divergence(load):
             tokens[0, 2] = 11
             return tokens
 
-    found = throughput.agreement(model, ids, Wrong(), 6, "wrong")
-    assert found["identical"] == 2 and found["first_divergence"]["mode_token"] == 11
-    assert found["first_divergence"]["logit_gap"] > 0 and not found["first_divergence"]["explained"]
+    found = generation.agreement(model, ids, Wrong(), 6, "wrong")
+    assert found["identical"] == 2 and found["explained"] is False
 
 
 def test_eager_samples_come_from_whole_runs(load, sizes):
     model = load("fp16").model
-    first, per_token, tokens = throughput.eager_samples(model, throughput.prompt(model, 1, 8, 0), sizes)
+    first, per_token, tokens = generation.eager_samples(model, generation.prompt(model, 1, 8, 0), sizes)
     assert len(first) == len(per_token) == 3 and tokens == 4
     assert min(first) > 0 and min(per_token) > 0
 
 
-def test_measure_gives_a_result_of_the_schema(study, sizes):
-    """The whole of it in small sizes: every section is there, numbers or a reason, and JSON can hold it."""
-    small = study.model_copy(update={"benchmark": params.Benchmark(cpu=sizes, cuda=sizes)})
-    lines = []
-    found = benchmark.measure(small, params.read_configuration("smollm2-135m", "nf4"), progress=lines.append)
+def everything(bench: passes.Bench) -> dict:
+    memory, parts = passes.memory(bench), [passes.prefill(bench, progress=QUIET)]
+    parts += [passes.decode(bench, mode, progress=QUIET) for mode in bench.sizes.modes]
+    largest = capacity.largest_batches(bench.loaded, bench.sizes, [1], 0, bench.deadline, progress=QUIET)
+    found = passes.result(bench, memory, parts, largest)
+    Benchmark.model_validate(found, context="writing")
     json.dumps(found, allow_nan=False)
-    assert [r["tokens"] for r in found["prefill"]] == [8, 16] and [r["batch"] for r in found["decode"]] == [1, 2]
-    assert len(found["time_to_first_token"]) == 2 and len(lines) >= 5
+    return found
+
+
+def test_all_passes_give_a_result_of_the_schema(study, sizes):
+    """The whole of it in small sizes: every section is there, numbers or a reason, and JSON can hold it."""
+    cuda = params.GPUSizes(**sizes.model_dump())
+    small = study.model_copy(update={"benchmark": params.Benchmark(cpu=sizes, cuda=cuda)})
+    found = everything(passes.load(small, params.read_configuration("smollm2-135m", "nf4")))
+    assert [r["tokens"] for r in found["prefill"]] == [8, 16]
+    assert [(r["batch"], r["prompt_tokens"]) for r in found["decode"]] == [(1, 8), (1, 24), (2, 8)]
+    assert len(found["time_to_first_token"]) == 3
     assert sum(r["share"] for r in found["profile"]) == pytest.approx(1.0)
+    assert any(r["gb_per_second"] and r["kernels"] >= 210 for r in found["profile"])
     assert set(found["modes"]) == set(decoder.MODES) and found["modes"]["eager"]["ok"]
     for mode in ("cuda_graph", "compile"):
         assert not found["modes"][mode]["ok"] and found["modes"][mode]["reason"]
     for row in found["decode"]:
-        assert row["percent_of_bandwidth"] == pytest.approx(100 * row["limit_ms"] / row["median_ms_per_token"])
+        assert row["percent_of_limit"] == pytest.approx(100 * row["limit_ms"] / row["median_ms_per_token"])
     held = found["memory"]
     assert held["process_peak_mb"] > held["allocated_mb"] > held["reported_footprint_mb"]
     if found["device"] == "cpu":
@@ -295,27 +336,40 @@ def test_measure_gives_a_result_of_the_schema(study, sizes):
         assert found["energy"]["rows"] == [] and "no GPU" in found["energy"]["reason"]
 
 
-def test_a_decoder_pass_fills_every_table(load, sizes, monkeypatch):
-    """The pass that a GPU runs, with its steps left uncaptured here."""
-    loaded, real = load("fp16"), decoder.Decoder
+def test_what_runs_full_precisions_kernels_is_not_timed(load, sizes):
+    """GPTQ on a CPU: checkpoint size and a reason, no time and no memory."""
+    loaded = load("fp16")
+    reason = f"no 4-bit kernel here; {passes.UNPACKED}"
+    held = dict.fromkeys(Memory.model_fields) | {"checkpoint_mb": 90.0, "peak_reason": passes.UNPACKED}
+    bench = passes.ready(loaded, sizes, 0, held, time.perf_counter(), reason)
+    memory, parts = passes.memory(bench), [passes.prefill(bench), passes.decode(bench, "eager")]
+    found = passes.result(bench, memory, parts, ([], reason))
+    Benchmark.model_validate(found, context="writing")
+    assert not found["prefill"] and not found["decode"] and not found["profile"]
+    assert {r["reason"] for r in found["left_out"]} == {reason} == {m["reason"] for m in found["modes"].values()}
+    assert {k for k, v in found["memory"].items() if v is not None} == {"checkpoint_mb", "peak_reason"}
+
+
+@pytest.fixture
+def uncaptured(monkeypatch):
+    """The passes that a GPU runs, with their steps left uncaptured."""
+    real = decoder.Decoder
     monkeypatch.setattr(decoder, "obstacle", lambda model, mode: None)
     monkeypatch.setattr(decoder, "Decoder", lambda model, ids, new, captured, compiled: real(model, ids, new))
-    found = throughput.decoder_pass(
-        loaded, "cuda_graph", sizes, 0, HARDWARE, 1000.0, float("inf"), progress=lambda line: None
-    )
-    assert found.modes == {"cuda_graph": {"ok": True, "reason": None}}
-    assert [r["batch"] for r in found.decode] == [1, 2] and all(r["build_seconds"] > 0 for r in found.decode)
-    assert found.agreement[0]["identical"] == found.agreement[0]["tokens"] == 4
-    assert sum(r["share"] for r in found.profile) == pytest.approx(1.0)
 
 
-def test_no_time_left_is_a_reason(load, sizes, monkeypatch):
-    monkeypatch.setattr(decoder, "obstacle", lambda model, mode: None)
-    found = throughput.decoder_pass(
-        load("fp16"), "compile", sizes, 0, HARDWARE, 1000.0, deadline=0.0, progress=lambda line: None
-    )
-    assert found.decode == [] and not found.modes["compile"]["ok"] and "time" in found.modes["compile"]["reason"]
-    assert [row["what"] for row in found.left_out] == ["decode at batch 1, compile", "decode at batch 2, compile"]
+def test_a_decoder_pass_fills_every_table(load, sizes, uncaptured):
+    found = passes.decode(passes.ready(load("fp16"), sizes, 0, {}, time.perf_counter()), "cuda_graph", QUIET)
+    assert found["modes"] == {"cuda_graph": {"ok": True, "reason": None}} and not found["left_out"]
+    assert [r["batch"] for r in found["decode"]] == [1, 1, 2] and all(r["build_seconds"] > 0 for r in found["decode"])
+    assert found["agreement"] == [{"mode": "cuda_graph", "tokens": 4, "identical": 4, "explained": None}]
+    assert sum(r["share"] for r in found["profile"]) == pytest.approx(1.0)
+
+
+def test_no_time_left_is_a_reason(load, sizes, uncaptured):
+    found = passes.decode(passes.ready(load("fp16"), sizes, 0, {}, began=-1e6), "compile", QUIET)
+    assert found["decode"] == [] and not found["modes"]["compile"]["ok"]
+    assert "time" in found["modes"]["compile"]["reason"] and len(found["left_out"]) == 3
 
 
 def test_a_capture_that_fails_is_a_reason(load, sizes, monkeypatch):
@@ -324,18 +378,57 @@ def test_a_capture_that_fails_is_a_reason(load, sizes, monkeypatch):
 
     monkeypatch.setattr(decoder, "obstacle", lambda model, mode: None)
     monkeypatch.setattr(decoder, "Decoder", fail)
-    found = throughput.decoder_pass(
-        load("fp16"), "cuda_graph", sizes, 0, HARDWARE, 1000.0, float("inf"), progress=lambda line: None
+    found = passes.decode(passes.ready(load("fp16"), sizes, 0, {}, time.perf_counter()), "cuda_graph", QUIET)
+    reason = "RuntimeError: operation not permitted when stream is capturing"
+    assert found["modes"]["cuda_graph"] == {"ok": False, "reason": reason}
+    assert len(found["left_out"]) == 1  # what the first cell can't do is not tried again
+
+
+SMALL = {"vocab_size": 128, "max_position_embeddings": 128, "tie_word_embeddings": True}
+LLAMA = SMALL | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+ARCHITECTURES = {
+    "gpt2": {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "opt": LLAMA | {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "falcon": LLAMA,
+    "bloom": {"vocab_size": 128, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "mpt": {"vocab_size": 128, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128, "expansion_ratio": 2},
+    "mamba": {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+    "lfm2": LLAMA | {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    "gemma3_text": LLAMA | {
+        "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "mixtral": LLAMA | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_any_architecture_gives_rows_or_reasons(kind, sizes, uncaptured):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ARCHITECTURES[kind])).eval()
+    loaded = models.Loaded(model, None, {"dtype": "float32"})
+    both = sizes.model_copy(update={"modes": ["eager", "cuda_graph"], "batch_sizes": [1]})
+    bench = passes.ready(
+        loaded, both, 0, dict.fromkeys(Memory.model_fields) | {"checkpoint_mb": 1.0}, time.perf_counter()
     )
-    assert found.modes["cuda_graph"] == {
-        "ok": False,
-        "reason": "RuntimeError: operation not permitted when stream is capturing",
-    }
+    found = everything(bench)
+    assert len(found["prefill"]) >= 2 and [r["mode"] for r in found["decode"]][:2] == ["eager", "eager"]
+    assert all(row["limit_ms"] > 0 for row in found["prefill"] + found["decode"])
+    static = [r for r in found["decode"] if r["mode"] == "cuda_graph"]
+    assert static or not found["modes"]["cuda_graph"]["ok"]
+    assert all(row["reason"] for row in found["left_out"])
+    if kind in ("mamba", "lfm2"):
+        assert found["memory"]["kv_cache_bytes_per_token"] is None
+    else:
+        assert found["memory"]["kv_cache_bytes_per_token"] > 0
+    if kind == "gemma3_text":
+        assert bench.kv_bytes == 2 * 2 * 2 * 16 * 4  # both layers, below the window
 
 
 def test_all_captures_share_one_stream():
     """Each further one would hold a workspace of cuBLAS for good, which the largest batches would then lack."""
-    assert [p.name for p in sorted((ROOT / "helpers").glob("*.py")) if "cuda.Stream(" in p.read_text()] == ["memory.py"]
+    paths = (ROOT / "helpers").rglob("*.py")
+    assert [p.name for p in paths if "cuda.Stream(" in p.read_text()] == ["device.py"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -343,36 +436,54 @@ def test_a_decoder_that_is_closed_leaves_no_memory_behind(load):
     model = load("fp16").model
     held = []
     for _ in range(3):
-        running = decoder.Decoder(model, throughput.prompt(model, 2, 8, 0), 8, captured=True)
+        running = decoder.Decoder(model, generation.prompt(model, 2, 8, 0), 8, captured=True)
         running.step()
         running.close()
         held.append(torch.cuda.memory_allocated())
     assert held[1] == held[2]
 
 
-def test_the_largest_batch_is_the_first_that_decodes(load, sizes, monkeypatch):
+@pytest.mark.parametrize("edge", [0, 1, 7, 87, 100, 101, 260, 1234])
+@pytest.mark.parametrize("start", [0, 1, 100, 1300])
+def test_the_largest_batch_is_bisected_to_one_per_cent(edge, start):
+    low, high, tries = capacity.interval(lambda batch: batch <= edge, start)
+    assert low <= edge < high and high - low <= max(1, 0.01 * low)
+    assert tries < 25
+
+
+def test_near_the_prediction_few_tries_do():
+    assert max(capacity.interval(edge.__ge__, 400)[2] for edge in range(370, 440)) <= 8
+
+
+def test_time_over_leaves_the_interval_as_it_is():
+    budget = iter([True, True, False])
+    assert capacity.interval(lambda batch: batch <= 150, 100, lambda: next(budget)) == (106, None, 2)
+
+
+def test_a_budgets_row(load, sizes, monkeypatch):
     tried = []
 
-    def attempt(model, sizes, batch, seed, captured):
-        tried.append(batch)
-        return [2.0, 2.0, 2.0] if batch <= 90 else None
+    def samples(model, sizes, batch, seed, mode, timed):
+        tried.append((batch, mode, timed))
+        return None if batch > 90 or (mode == "compile" and batch > 89) else [3.0 if mode == "compile" else 2.0] * 3
 
     class Properties:
         total_memory = 80 * 2**30
 
     fractions = []
-    monkeypatch.setattr(capacity, "_attempt", attempt)
+    monkeypatch.setattr(capacity, "_attempt", samples)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**29)
-    row = capacity._largest(load("fp16").model, sizes, 8, 100, 0, captured=True)
-    assert tried == [97, 92, 87] and fractions == [0.1, 1.0]
-    assert (row["batch"], row["attempts"], row["allocated_before_mb"], row["peak_reserved_mb"]) == (
-        87,
-        3,
-        512.0,
-        1024.0,
-    )
-    assert row["tokens_per_second"] == pytest.approx(87 / 2e-3)
-    assert "no batch" in capacity._largest(load("fp16").model, sizes, 8, 0, 0, captured=True)["reason"]
+    model, modes = load("fp16").model, ["cuda_graph", "compile"]
+    row = capacity._largest(model, sizes, 8, 100, 0, modes, float("inf"))
+    assert (row["batch"], row["fails"], row["mode"]) == (90, 91, "cuda_graph") and fractions == [0.1, 1.0]
+    assert row["tokens_per_second"] == pytest.approx(90 / 2e-3)
+    assert (row["allocated_before_mb"], row["peak_reserved_mb"], row["predicted_batch"]) == (512.0, 1024.0, 100)
+    assert tried[-2:] == [(90, "cuda_graph", True), (90, "compile", True)]
+    monkeypatch.setattr(capacity, "_attempt", lambda *arguments, **options: None)
+    nothing = capacity._largest(model, sizes, 8, 0, 0, modes, float("inf"))
+    assert nothing["batch"] == 0 and "no batch decoded within 8 GiB" in nothing["reason"]
+    for found in (row, nothing):
+        Largest.model_validate(found, context="writing")

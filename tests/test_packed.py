@@ -6,7 +6,7 @@ import torch
 
 from helpers.setup import calibrated, layers, methods, models, packed
 from helpers.setup.packed import Int4Linear
-from tests.test_methods import TOKENS, configuration, tiny  # noqa: F401  a fixture
+from tests.test_methods import TOKENS, configuration
 
 
 def integers(out_features: int, in_features: int, group: int):
@@ -55,7 +55,7 @@ def test_layers_count_what_is_stored():
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_a_calibrated_checkpoint_computes_the_same_packed(tiny, monkeypatch, method):  # noqa: F811
+def test_a_calibrated_checkpoint_computes_the_same_packed(tiny, monkeypatch, method):
     wanted = configuration(method, group_size=32, calibration=TOKENS)
     unpacked = models.load(tiny, wanted)
     assert not unpacked.info["packed"] and unpacked.info["kernel"].startswith("no 4-bit kernel here (it needs a GPU)")

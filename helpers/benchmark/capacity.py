@@ -37,17 +37,18 @@ def interval(
 ) -> tuple[int, int | None, int]:
     """(largest batch that fits, smallest that does not, tries), found from `start` up or down and then by bisection, to
     WITHIN or one row. Once `more` is false the interval stands as it is; None: no failure was seen."""
-    low, high, batch, tries = 0, None, max(1, start), 0
+    low, high, batch, tries, step = 0, None, max(1, start), 0, STEP
     while batch and more() and (high is None or high - low > max(1, WITHIN * low)):
         tries += 1
         if fits(batch):
             low = batch
         else:
             high = batch
-        if high is None:
-            batch = max(low + 1, int(low * (1 + STEP)))
-        else:
-            batch = (low + high) // 2 if low else int(high * (1 - STEP * tries)) if tries * STEP < 0.5 else high // 2
+        if low and high:
+            batch = (low + high) // 2
+        else:  # further each time, so that a wrong start costs few tries
+            batch = int(high * max(0.1, 1 - step)) if high else max(low + 1, int(low * (1 + step)))
+            step *= 2
     return low, high, tries
 
 

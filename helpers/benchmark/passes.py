@@ -15,11 +15,11 @@ What a model or machine can't do is a row of `left_out` with its reason, and the
 """
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -83,7 +83,7 @@ def own_compile_cache() -> None:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def attempt(found: dict, what: str):
     """What fails, for lack of memory or because a model's architecture is another, becomes a row of `left_out`."""
     try:
@@ -141,12 +141,18 @@ def load(study, configuration) -> Bench:
         unmeasured = f"{loaded.info['kernel']}; {UNPACKED}"
         held = {key: value if key == "checkpoint_mb" else None for key, value in held.items()}
         held["peak_reason"] = UNPACKED
-    found, kv = blank(), None
-    with attempt(found, "KV cache"):
-        kv = _kv_bytes(model, study.seed)
-    hardware = roofline.bandwidth_and_rate(device, model.dtype)
     sizes = getattr(study.benchmark, device.type)
-    return Bench(loaded, sizes, study.seed, held, hardware, kv, conditions.conditions(device), began, unmeasured)
+    return ready(loaded, sizes, study.seed, held, began, unmeasured)
+
+
+def ready(loaded: models.Loaded, sizes, seed: int, held: dict, began: float, unmeasured: str | None = None) -> Bench:
+    """A loaded model with what the hardware can do now."""
+    kv = None
+    with contextlib.suppress(Exception):  # `memory` says why
+        kv = _kv_bytes(loaded.model, seed)
+    device = loaded.model.device
+    hardware = roofline.bandwidth_and_rate(device, loaded.model.dtype)
+    return Bench(loaded, sizes, seed, held, hardware, kv, conditions.conditions(device), began, unmeasured)
 
 
 @torch.no_grad()
@@ -155,7 +161,8 @@ def memory(bench: Bench) -> dict:
     model, sizes, held, found = bench.model, bench.sizes, dict(bench.held), blank()
     if bench.unmeasured:
         return {"memory": held, "left_out": [{"what": "memory", "reason": bench.unmeasured}]}
-    held["kv_cache_bytes_per_token"] = bench.kv_bytes
+    with attempt(found, "keys and values per token"):
+        held["kv_cache_bytes_per_token"] = _kv_bytes(model, bench.seed)
     longest = max(sizes.prefill_tokens)
     with attempt(found, "peak memory of prefill"):
         no_peak = reset_peak(bench.device)
@@ -199,7 +206,8 @@ def prefill(bench: Bench, progress=print) -> dict:
                     graph = decoder.captured_prefill(model, ids)
                 run = graph.replay if graph else lambda ids=ids: model(input_ids=ids, use_cache=True, logits_to_keep=1)
                 seconds = timing.CELL_SECONDS[bench.device.type]
-                samples = timing.repeat(run, bench.device, sizes.repeats, sizes.warmup, seconds)
+                # The memory pass took the same path once.
+                samples = timing.repeat(run, bench.device, sizes.repeats, sizes.warmup - 1, seconds)
                 del run, graph
                 found["prefill"].append(prefill_row(mode, 1, tokens, samples, limit))
                 progress(f"prefill {tokens} tokens, {mode}: {found['prefill'][-1]['median_ms']:.2f} ms")

@@ -47,7 +47,8 @@ def interval(
         if low and high:
             batch = (low + high) // 2
         else:  # further each time, so that a wrong start costs few tries
-            batch = int(high * max(0.1, 1 - step)) if high else max(low + 1, int(low * (1 + step)))
+            down, up = max(1, int((high or 0) * max(0.1, 1 - step))), max(low + 1, int(low * (1 + step)))
+            batch = min(down, high - 1) if high else up
             step *= 2
     return low, high, tries
 

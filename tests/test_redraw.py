@@ -50,7 +50,7 @@ def test_redraw_order_and_few_dialogues_without_an_interval():
     rng = np.random.default_rng(13)
     values = {name: rng.random(9) for name in ("nf4", "fp16", "fp4")}
     result = redraw(values, {("fp16", "nf4"): []}, order=("nf4", "fp16", "fp4"), **DRAWS)
-    assert result["share_in_order_low"] is None and "9 dialogues are fewer" in result["reason"]
+    assert result["share_in_order_low"] is None and "9 dialogues are fewer" in result["comparisons"][0]["reason"]
     assert result["share_in_order"] <= result["comparisons"][0]["share_above"]
 
 

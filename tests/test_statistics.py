@@ -306,18 +306,20 @@ def test_flips_in_per_cent_with_the_net_tested_by_dialogue():
     assert recovery.flips(a * 0, b, clusters, **OPTIONS)["lost"] is None
 
 
-def test_pooled_against_dersimonian_and_laird_by_hand():
+def test_pooled_against_paule_and_mandel_by_hand():
     effects, errors = np.array([-0.10, -0.02, -0.05, 0.03]), np.array([0.02, 0.03, 0.02, 0.04])
     found = recovery.pooled(effects, errors, confidence=0.95)
     w = 1 / errors**2
     q = (w * (effects - np.average(effects, weights=w)) ** 2).sum()
-    tau2 = (q - 3) / (w.sum() - (w**2).sum() / w.sum())
-    v = 1 / (errors**2 + tau2)
+    v = 1 / (errors**2 + found["tau"] ** 2)
     mean = np.average(effects, weights=v)
-    knapp = np.sqrt((v * (effects - mean) ** 2).sum() / 3 / v.sum())
-    assert (found["q"], found["tau"], found["mean"]) == pytest.approx((q, np.sqrt(tau2), mean))
+    spread = (v * (effects - mean) ** 2).sum()
+    assert spread == pytest.approx(3, abs=1e-3)  # what tau is chosen for
+    assert (found["q"], found["mean"]) == pytest.approx((q, mean))
     assert found["i2"] == pytest.approx(100 * (q - 3) / q) and found["q_p"] == pytest.approx(stats.chi2.sf(q, 3))
-    assert found["ci_low"] == pytest.approx(mean - stats.t.ppf(0.975, 3) * knapp)
+    assert found["ci_low"] == pytest.approx(mean - stats.t.ppf(0.975, 3) * np.sqrt(spread / 3 / v.sum()), rel=1e-4)
+    alike = recovery.pooled([0.1, 0.1, 0.11], [0.05, 0.05, 0.05], confidence=0.95)
+    assert alike["tau"] == alike["i2"] == 0 and alike["ci_low"] < 0.1 < alike["ci_high"]
 
 
 # ---- order: quantiles and correlation ----

@@ -12,7 +12,7 @@ from statsmodels.stats.meta_analysis import combine_effects
 from helpers import StudyError, statistics
 from helpers.analysis import power
 
-MIN_RATIO = 5  # standard errors between a denominator and zero; nearer, a ratio of means has no useful interval
+MIN_RATIO = 3  # standard errors between a denominator and zero; nearer, a ratio of means has no useful interval
 
 
 def recovery(values_a, values_b, clusters, weights=None, *, confidence: float, resamples: int, seed: int) -> dict:
@@ -82,15 +82,17 @@ def flips(right_a, right_b, clusters, *, confidence: float, resamples: int, seed
 
 
 def pooled(estimates, standard_errors, *, confidence: float) -> dict:
-    """Random-effects mean over k data sets (DerSimonian and Laird 1986, interval of Hartung and Knapp): mean, ci_low,
+    """Random-effects mean over k data sets (Paule and Mandel 1982, interval of Hartung and Knapp): mean, ci_low,
     ci_high, q, q_p (Cochran's test that all share one value), i2 (per cent of the variance that is between data sets),
     tau (its standard deviation), data_sets. Raises StudyError for fewer than two."""
     effects = statistics.number_array(estimates, "estimates")
     errors = statistics.number_array(standard_errors, "standard_errors", effects.size)
     if effects.size < 2 or (errors <= 0).any():
         raise StudyError("pooled: at least two data sets with a standard error above 0 are needed")
-    result = combine_effects(effects, errors**2, method_re="chi2", use_t=True)
-    half = stats.t.ppf((1 + confidence) / 2, effects.size - 1) * result.sd_eff_w_re_hksj
+    result = combine_effects(effects, errors**2, method_re="iterated", use_t=True)
+    # never shorter than the fixed-effect error, as the plain Hartung-Knapp interval can be with few data sets
+    error = max(result.sd_eff_w_re_hksj, result.sd_eff_w_re)
+    half = stats.t.ppf((1 + confidence) / 2, effects.size - 1) * error
     return {
         "data_sets": effects.size,
         "mean": float(result.mean_effect_re),

@@ -1,0 +1,183 @@
+"""Claims about memory and times. A time is judged by durations.longer, in each mode by itself."""
+
+import numpy as np
+import pandas as pd
+
+from helpers.analysis import contrasts, durations
+from helpers.analysis.evidence import (
+    BATCH,
+    BUDGET,
+    FAILS,
+    HOLDS,
+    LENGTH,
+    MODE,
+    OPEN,
+    Facts,
+    NotMeasured,
+    Verdict,
+    size_mb,
+)
+from helpers.analysis.frames import MODES
+from helpers.analysis.style import number, percent, times
+
+SAME_SIZE = 0.01  # share: less is the allocator's rounding
+REDUCTION = 0.01  # share: "59% smaller" is right to a point
+
+
+def equal_size(facts):
+    both = {which: [size_mb(facts, n, which) for n in ("nf4", "fp4")] for which in ("reported", "tensors", "allocated")}
+    apart = {which: abs(nf4 / fp4 - 1) for which, (nf4, fp4) in both.items()}
+    same = abs(np.subtract(*both["reported"])) < 0.005 and apart["tensors"] < 0.001 and apart["allocated"] <= SAME_SIZE
+    text = ", ".join(f"{which} {number(a)} and {number(b)} MB" for which, (a, b) in both.items())
+    return Verdict(HOLDS if same else FAILS, f"NF4 and FP4: {text}")
+
+
+def size_reduction(facts):
+    reported, parts, shares = facts.paper["size_reduction"], [], []
+    for which in ("reported", "allocated"):
+        before, after = (size_mb(facts, name, which) for name in (facts.f.full, "nf4"))
+        shares.append(1 - after / before)
+        parts.append(f"{which} {number(before)} to {number(after)} MB, {percent(shares[-1])} smaller")
+    verdict = HOLDS if all(abs(share - reported) <= REDUCTION for share in shares) else FAILS
+    return Verdict(verdict, "; ".join(parts), size=verdict)
+
+
+def footprint_is_memory(facts):
+    parts, equal = [], []
+    for name in ("nf4", "fp4"):
+        reported, allocated = (size_mb(facts, name, which) for which in ("reported", "allocated"))
+        equal.append(abs(allocated / reported - 1) <= SAME_SIZE)
+        more = percent(allocated / reported - 1, signed=True)
+        parts.append(f"{facts.f.label(name)} reports {number(reported)} MB and takes {number(allocated)} MB ({more})")
+    return Verdict(HOLDS if all(equal) else FAILS, "; ".join(parts))
+
+
+def _over(signs: list[str | None], mixed: str) -> str:
+    """Verdicts of `durations.longer` at several settings on "takes longer"."""
+    yes, no = durations.SLOWER in signs, durations.FASTER in signs or durations.EQUAL in signs
+    if yes and no:
+        return mixed
+    return OPEN if None in signs or not signs else HOLDS if yes else FAILS
+
+
+def _across_modes(verdicts: dict[str, str]) -> str:
+    """The paper ran eager mode; where another mode decides otherwise, the claim depends on the mode."""
+    main = verdicts.get("eager", OPEN)
+    decided = {verdict for verdict in verdicts.values() if verdict != OPEN}
+    return MODE if main != OPEN and len(decided) > 1 else main
+
+
+def _setting(facts: Facts, name: str, phase: str, mode: str, **setting):
+    rows = contrasts.at(facts.ratios, phase, mode=mode, **setting) if len(facts.ratios) else facts.ratios
+    return rows.loc[name] if name in rows.index else None
+
+
+def _time_claim(facts: Facts, phase: str, key: str, reported: str, mixed: str) -> Verdict:
+    """Do both 4-bit formats take longer, in each mode, at every setting that the paper reports?"""
+    ratios = facts.ratios[(facts.ratios.phase == phase) & facts.ratios.configuration.isin(["nf4", "fp4"])]
+    wanted = {float(x) for row in facts.paper["configurations"].values() for x in row[reported]}
+    settings = sorted(set(ratios[key]) & wanted) or sorted(set(ratios[key]))
+    if not {"nf4", "fp4"} <= set(ratios.configuration):
+        raise NotMeasured(f"{phase} of NF4, FP4 and full precision was not measured in this study")
+    verdicts, texts = {}, []
+    for mode in dict.fromkeys(ratios["mode"]):
+        signs, parts = [], []
+        for name in ("nf4", "fp4"):
+            rows = {x: _setting(facts, name, phase, mode, **{key: x}) for x in settings}
+            rows = {x: row for x, row in rows.items() if row is not None}
+            signs += [durations.longer(row) for row in rows.values()]
+            told = ", ".join(f"{_ratio(row)} at {_at(key, x)}" for x, row in rows.items())
+            parts += [f"{facts.f.label(name)} {told}"] if rows else []
+        verdicts[mode] = _over(signs, mixed)
+        texts.append(f"{MODES.get(mode, mode)} ({verdicts[mode]}): {', '.join(parts)}")
+    return Verdict(_across_modes(verdicts), f"time over full precision's; {'; '.join(texts)}{_few(ratios)}")
+
+
+def _at(key: str, x: float) -> str:
+    return f"{x:,.0f} tokens" if key == "tokens" else f"batch {x:,.0f}"
+
+
+def _ratio(row) -> str:
+    spread = f" [{times(row.ratio_low)}, {times(row.ratio_high)}]" if row.processes > 1 else ""
+    return times(row.ratio) + spread
+
+
+def _few(ratios: pd.DataFrame) -> str:
+    most = int(ratios.processes.max())
+    if most >= durations.LEAST_PROCESSES:
+        return ""
+    number_of = f"{most} process{'es' if most > 1 else ''}"
+    return f"; measured in {number_of}, and fewer than {durations.LEAST_PROCESSES} decide nothing"
+
+
+def prefill_slower(facts):
+    return _time_claim(facts, "prefill", "tokens", "prefill_ms", LENGTH)
+
+
+def decode_slower(facts):
+    return _time_claim(facts, "decode", "batch", "decode_ms_per_token", BATCH)
+
+
+def throughput_lower(facts):
+    return _time_claim(facts, "decode", "batch", "throughput_tokens_per_second", BATCH)
+
+
+def _mixed(found: list[str], mixed: str) -> str:
+    if HOLDS in found and FAILS in found:
+        return mixed
+    return OPEN if OPEN in found or not found else found[0]
+
+
+def dequantization_is_the_cause(facts):
+    """Where NF4 is slower in eager mode: is half of the slowdown still there in a CUDA graph, which launches once?"""
+    ratios = facts.ratios[(facts.ratios.phase == "decode") & (facts.ratios.configuration == "nf4")]
+    if not {"eager", "cuda_graph"} <= set(ratios["mode"]):
+        raise NotMeasured(
+            "the cause shows only where launches cost nothing, and decode was not measured in a CUDA graph"
+        )
+    found, parts = [], []
+    for batch in sorted(set(ratios.batch)):
+        eager, graph = (_setting(facts, "nf4", "decode", mode, batch=batch) for mode in ("eager", "cuda_graph"))
+        if eager is None or graph is None or durations.longer(eager) != durations.SLOWER:
+            continue
+        lost = [eager.low - eager.high_full, eager.high - eager.low_full]
+        kept = [graph.low - graph.high_full, graph.high - graph.low_full]
+        few = graph.processes < durations.LEAST_PROCESSES
+        found.append(OPEN if few else HOLDS if kept[0] >= lost[1] / 2 else FAILS if kept[1] < lost[0] / 2 else OPEN)
+        cost = [f"{number(row.ms - row.ms_full, signed=True)} ms" for row in (eager, graph)]
+        parts.append(f"batch {batch:,.0f}: {cost[0]} a token in eager mode, {cost[1]} in a CUDA graph")
+    if not found:
+        return Verdict(OPEN, f"NF4 is not shown to be slower in eager mode{_few(ratios)}")
+    return Verdict(_mixed(found, BATCH), f"NF4 costs, {'; '.join(parts)}")
+
+
+def _rates(facts: Facts, name: str | None) -> dict[float, np.ndarray]:
+    """Memory budget (GiB) -> tokens per second of the best mode in each process; 0 where no batch fits."""
+    rows = facts.f.largest
+    rows = rows[(rows.configuration == name) & (rows.batch.notna() | rows.tokens_per_second.notna())]
+    rates = rows.assign(rate=rows.tokens_per_second.fillna(0.0)).groupby(["budget_gib", "process"]).rate.max()
+    return {gib: part.to_numpy() for gib, part in rates.groupby(level=0)}
+
+
+def batch_recovers(facts):
+    full, nf4 = _rates(facts, facts.f.full), _rates(facts, "nf4")
+    found, parts = [], []
+    for gib in sorted(set(full) & set(nf4)):
+        base, mine = full[gib], nf4[gib]
+        if not base.max() and not mine.max():
+            continue
+        texts = [f"{number(np.median(r), 0)} tokens/s" if r.max() else "does not fit" for r in (mine, base)]
+        parts.append(f"{gib:g} GiB: NF4 {texts[0]}, full precision {texts[1]}")
+        if not base.max() or not mine.max():
+            found.append(HOLDS if mine.max() else FAILS)
+            continue
+        row = {"processes": min(len(base), len(mine)), "ratio": np.median(base) / np.median(mine)}
+        with np.errstate(divide="ignore"):
+            row |= {"ratio_low": base.min() / mine.max(), "ratio_high": base.max() / mine.min()}
+        verdicts = {durations.SLOWER: FAILS, durations.FASTER: HOLDS, durations.EQUAL: HOLDS, None: OPEN}
+        found.append(verdicts[durations.longer(row)])
+    if not found:
+        raise NotMeasured("the largest batch in a memory budget was not measured for both in this study")
+    few = min(len(rates[gib]) for rates in (full, nf4) for gib in rates) < durations.LEAST_PROCESSES
+    note = f"; fewer than {durations.LEAST_PROCESSES} processes decide nothing" if few and OPEN in found else ""
+    return Verdict(_mixed(found, BUDGET), "; ".join(parts) + note)

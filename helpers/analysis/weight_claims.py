@@ -1,0 +1,103 @@
+"""Claims about the weights, and about bitsandbytes whatever the model."""
+
+import numpy as np
+import pandas as pd
+
+from helpers.analysis.evidence import FAILS, HOLDS, OPEN, Facts, NotMeasured, Verdict
+from helpers.analysis.style import number, percent, points, times
+from helpers.analysis.tables import dig
+
+UNIFORM = 1.01  # largest over smallest gap of a uniform grid
+OPTIMAL = 1.01  # error over the smallest possible one
+DISTANCES = (0.01, 0.02, 0.03)  # Kolmogorov-Smirnov distances to show: no cut decides
+
+
+def noise_helps(facts):
+    rows = facts.f.noise
+    rows = rows[rows.seed.notna()] if len(rows) else rows
+    found = {
+        what: rows[rows[f"{key}_low"].notna()]
+        for what, key in (("perplexity", "ln"), ("F1", "f1"))
+        if len(rows) and rows[f"{key}_low"].notna().any()
+    }
+    if not found:
+        raise NotMeasured("noise on the weights was not tried in this study, or has no interval")
+    better, worse, parts = [], [], []
+    if "perplexity" in found:
+        ln = found["perplexity"]
+        better.append((ln.ln_high < 0).all())
+        worse.append((ln.ln_low > 0).all())
+        low, high = np.exp([ln.ln_ratio.min(), ln.ln_ratio.max()])
+        parts.append(f"perplexity {times(low)} to {times(high)}")
+    if "F1" in found:
+        f1 = found["F1"]
+        better.append((f1.f1_low > 0).all())
+        worse.append((f1.f1_high < 0).all())
+        parts.append(f"F1 {points(f1.f1.min())} to {points(f1.f1.max())} points")
+    verdict = HOLDS if any(better) and not any(worse) else FAILS if any(worse) and not any(better) else OPEN
+    return Verdict(verdict, f"with noise of NF4's size, {len(rows)} seeds, vs none: {', '.join(parts)}")
+
+
+def fp4_is_uniform(facts):
+    book = dig(facts.f.weights, "weights.codebooks.fp4")
+    if not book:
+        raise NotMeasured("FP4's levels were not read in this study")
+    levels = np.unique(book["levels"] if isinstance(book, dict) else book)  # FP4 has a zero of either sign
+    gaps = np.diff(levels)
+    apart = f"{number(gaps.min(), 4)} to {number(gaps.max(), 4)}"
+    text = f"{len(levels)} levels, neighbours {apart} of the block's largest weight apart"
+    return Verdict(HOLDS if gaps.max() / gaps.min() <= UNIFORM else FAILS, text)
+
+
+def _errors(facts: Facts, *names: str) -> list[float]:
+    errors = facts.f.formats.relative_squared_error if len(facts.f.formats) else {}
+    for name in names:
+        if name not in errors or pd.isna(errors[name]):
+            raise NotMeasured(f"the weight error of {facts.f.label(name)} was not measured in this study")
+    return [float(errors[name]) for name in names]
+
+
+def nf4_is_optimal(facts):
+    nf4, best = _errors(facts, "nf4", "lloyd_max")
+    more = f"{percent(nf4 / best - 1, signed=True)} on the best 16 levels for them ({number(best, 5)})"
+    return Verdict(HOLDS if nf4 <= best * OPTIMAL else FAILS, f"squared error {number(nf4, 5)} of the weights', {more}")
+
+
+def weights_are_normal(facts):
+    """No cut on a distance: what the claim is for is that levels made for a normal distribution suit these weights."""
+    gaussian, best = _errors(facts, "gaussian_lloyd_max", "lloyd_max")
+    text = f"16 levels made for a normal distribution cost {percent(gaussian / best - 1, signed=True)} error"
+    text += " on the best 16 for these weights"
+    layers = facts.f.layers.drop_duplicates("layer") if len(facts.f.layers) else facts.f.layers
+    distances = layers.ks_distance.dropna() if len(layers) else pd.Series(dtype=float)
+    if len(distances):
+        near = ", ".join(f"{percent((distances <= d).mean(), 0)} at {d:g}" for d in DISTANCES)
+        text += f"; layers within a Kolmogorov-Smirnov distance: {near} (median {number(distances.median(), 3)})"
+    return Verdict(HOLDS if gaussian <= best * OPTIMAL else FAILS, text)
+
+
+def int8_cannot_run(facts):
+    runs = facts.f.runs
+    runs = runs[(runs.configuration == "int8") & (runs.kind == "benchmark")]
+    failed = [reason for reason in runs.reason.dropna() if "ops.cu" in reason]
+    if failed:
+        return Verdict(HOLDS, f"it failed here: {failed[0]}")
+    done = runs[runs.status == "ok"]
+    if done.empty:
+        raise NotMeasured("LLM.int8() was not measured in this study")
+    if done.gpu.isna().all():
+        raise NotMeasured("LLM.int8() ran here on a CPU, without the CUDA kernel that the paper blames")
+    rows = facts.f.times
+    batches = rows[(rows.configuration == "int8") & (rows.phase == "decode")].batch
+    return Verdict(
+        FAILS, f"it ran here on a GPU, up to batch {batches.max():,.0f}" if len(batches) else "it ran here on a GPU"
+    )
+
+
+def int8_is_fp8(facts):
+    formats = facts.f.formats
+    dtype = formats.dtype.get("int8") if len(formats) else None
+    if dtype is None or pd.isna(dtype):
+        raise NotMeasured("the data type of LLM.int8()'s weights was not recorded in this study")
+    dtype = str(dtype).removeprefix("torch.")
+    return Verdict(HOLDS if "float8" in dtype else FAILS, f"it stores its weights as {dtype}")

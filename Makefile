@@ -135,7 +135,7 @@ new-study: $(ENV) ## write params/STUDY for another model: make new-study MODEL=
 
 # ---- work on it ----
 
-.PHONY: lab test lint clean readme bench-pipeline bench-eval bench-peer bench-statistics
+.PHONY: lab test lint clean readme bench-rehearsal bench-pipeline bench-eval bench-peer bench-statistics
 lab: $(ENV) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks/04_analysis.ipynb
 
@@ -151,6 +151,9 @@ readme: $(ENV) ## render what README.md says was found, from the committed runs
 
 bench-pipeline: $(ENV) ## time make run-all and make test, with peak memory, into executed/reference/
 	$(PY) tests/bench_pipeline.py
+
+bench-rehearsal: $(ENV) ## rehearse the gated study llama-3.2-1b with a random model behind a stand-in hub (TINY=1: on a CPU)
+	$(PY) tests/bench_rehearsal.py $(if $(TINY),--tiny --configs fp16 nf4 --out rehearsal.json)
 
 bench-eval: $(ENV) ## hf-dialogue against stock lm-eval, side by side (LIMIT=dialogues)
 	$(PY) tests/bench_eval.py --study $(STUDY) --limit $(or $(LIMIT),20) --configurations $(CONFIGS)

@@ -1,7 +1,7 @@
 """Models and data sets from the hub, over real HTTP from a stand-in (tests/hub_server.py).
 
-huggingface_hub reads its environment variables once, when it is imported, so what depends on them runs in a process of its own.
-"""
+huggingface_hub reads its environment variables once, when it is imported, so what depends on them runs in a process
+of its own."""
 
 import errno
 import io
@@ -9,17 +9,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import pytest
 from huggingface_hub import errors
 
-from helpers import ROOT, params
-from helpers.setup import coqa, hub, models
+from helpers import ROOT
+from helpers.setup import coqa, hub
 from tests.hub_server import GRANTED, NOT_GRANTED, Hub, Repository
 
-# Two layers of the architectures that the shipped studies use. Their vocabulary is the embedded model's, whose tokenizer they borrow.
+# Two layers of the architectures that the shipped studies use. Their vocabulary is the embedded model's, whose
+# tokenizer they borrow.
 TINY = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -33,32 +33,35 @@ PROMPT = [1, 504, 2, 33, 7, 905]
 
 ASK = """
 import json, sys
-from helpers.setup import hub
-for name, revision in json.loads(sys.argv[1]):
+from helpers.setup import hub, http
+http.TIMEOUT, hub.LOOKUP = 0.7, 3
+hub.SLOWEST = 10**9
+for name, revision, call in json.loads(sys.argv[1]):
     try:
-        print(json.dumps(hub.plan(name, revision)))
+        found = getattr(hub, call)(name, revision)
+        print(json.dumps(found if isinstance(found, dict) else str(found)))
     except hub.HubError as error:
-        print(json.dumps({"reason": error.reason, "sentence": str(error)}))
+        told = {"reason": error.reason, "sentence": str(error)}
+        told["quiet"] = error.__suppress_context__ or error.__context__ is None
+        print(json.dumps(told))
 """
 
 LOAD = """
 import json, sys, torch
 from helpers import params
 from helpers.setup import coqa, models
-SIZES = {"prefill_tokens": [8], "batch_sizes": [1], "prompt_tokens": 8, "decode_tokens": 2, "repeats": 3, "warmup": 1}
 found = {}
 for name in sys.argv[2:]:
     found[name] = {}
     for method in ("fp16", "nf4", "int8"):
-        values = {"study": "t", "title": "t", "model": {"source": "hub", "name": name}, "benchmark": {"cpu": SIZES, "cuda": SIZES}}
-        study, _ = params.check(values, "test")
+        values = {"study": "t", "title": "t", "model": {"source": "hub", "name": name}}
+        study = params.check(values, "test").study
         model, tokenizer, info = models.load(study, params.read_configuration("smollm2-135m", method))
         tokens = torch.tensor([json.loads(sys.argv[1])], device=model.device)
         with torch.no_grad():
             logits = model(tokens).logits[0, -1].float().cpu()
-            new = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False, pad_token_id=0)
         found[name][method] = {
-            "layers": info["quantized_layers"], "tokens": new[0, tokens.shape[1]:].tolist(), "logits": logits[:50].tolist(),
+            "layers": info["quantized_layers"], "logits": logits[:50].tolist(),
             "finite": bool(logits.isfinite().all()), "architecture": type(model).__name__,
             "source": models.prepare(study), "text": tokenizer("A cat sat.")["input_ids"],
         }
@@ -72,21 +75,16 @@ def python(code: str, *arguments: str, url: str, home, **environment: str) -> st
     """What a fresh process prints with a hub at `url` and a cache at `home`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_OFFLINE"))}
     ours = {"HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=ROOT,
-        env=kept | ours | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=kept | ours | environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def ask(names: list, **where) -> list[dict]:
-    """hub.plan of each [name, revision]."""
-    return [json.loads(line) for line in python(ASK, json.dumps(names), **where).splitlines()]
+def ask(names: list, **where) -> list:
+    """hub.plan of each [name, revision], or another of hub's functions for each [name, revision, function]."""
+    calls = json.dumps([[*name, "plan"][:3] for name in names])
+    return [json.loads(line) for line in python(ASK, calls, **where).splitlines()]
 
 
 def read(found: str) -> dict:
@@ -94,12 +92,12 @@ def read(found: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def repositories(study, tmp_path_factory) -> list[Repository]:
+def repositories(embedded, tmp_path_factory) -> list[Repository]:
     import datasets
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from_embedded = {name: Path(models.prepare(study), name).read_bytes() for name in TOKENIZER}
+    from_embedded = {name: (embedded / name).read_bytes() for name in TOKENIZER}
     made = []
     for architecture in ARCHITECTURES:
         folder = tmp_path_factory.mktemp(architecture)
@@ -126,133 +124,131 @@ def repositories(study, tmp_path_factory) -> list[Repository]:
         Repository("tiny/gated", small, gated=True),
         Repository("tiny/pickle", {"config.json": b"{}", "pytorch_model.bin": b"pickle"}),
         Repository("tiny/huge", small | {"model.safetensors": 10**15}),
+        *(Repository(f"tiny/{fault}", small, fault=fault) for fault in ("stall", "page", "echo")),
+        *(
+            Repository(f"tiny/{fault}", small | {"model.safetensors": fault.encode() * 40_000}, fault=fault)
+            for fault in ("drip", "flip")
+        ),
         Repository("tiny/down", small, status=503),
         Repository("tiny/busy", small, status=429),
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(repositories):
     with Hub(repositories) as running:
         yield running
 
 
-@pytest.mark.parametrize(
-    "name, revision, token, reason, words",
-    [
+SENTENCES = {  # token: [(name, revision, function), reason, words]
+    None: [
+        (["tiny/gated", None], "gated", ["access on https://huggingface.co/tiny/gated", "auth login", "HF_TOKEN"]),
+        (["tiny/nothere", None], "missing", ["model.name", "no model tiny/nothere", "private"]),
+        (["tiny/llama", "v9"], "revision", ["tiny/llama has no revision 'v9'", "commits/main"]),
+        (["tiny/llama", "0" * 40], "revision", ["has no revision '0000"]),
+        (["not a name", None], "missing", ["'not a name' is not a hub name", "OWNER/NAME"]),
+        (["tiny/pickle", None], "format", ["no safetensors weights"]),
+        (["tiny/huge", None], "disk", ["1000000.0 GB", "HF_HOME"]),
+        (["tiny/down", None], "network", ["error 503", "try again later"]),
+        (["tiny/busy", None], "network", ["429", "wait"]),
+        (["tiny/page", None], "network", ["does not answer like a model hub", "login page"]),
+        (["tiny/stall", None], "network", ["did not answer in 0.7 s", "try again later"]),
+        (["tiny/drip", None, "snapshot"], "network", ["too slow"]),
         (
-            "tiny/gated",
-            None,
-            None,
-            "gated",
-            ["ask for access on https://huggingface.co/tiny/gated", "auth login", "HF_TOKEN"],
+            ["tiny/flip", None, "snapshot"],
+            "damaged",
+            ["model.safetensors of tiny/flip", "another mirror"],
         ),
-        ("tiny/gated", None, NOT_GRANTED, "gated", ["your token has no access", "ask for access"]),
-        ("tiny/gated", None, "hf_mistyped", "token", ["not valid", "HF_TOKEN"]),
-        ("tiny/nothere", None, None, "missing", ["model.name", "no model tiny/nothere", "private"]),
-        ("tiny/nothere", None, GRANTED, "missing", ["no model tiny/nothere", "token may not see it"]),
-        ("tiny/llama", "v9", None, "revision", ["tiny/llama has no revision 'v9'", "commits/main"]),
-        ("tiny/llama", "0" * 40, None, "revision", ["has no revision '0000"]),
-        ("not a name", None, None, "missing", ["'not a name' is not a hub name", "OWNER/NAME"]),
-        ("tiny/pickle", None, None, "format", ["no safetensors weights"]),
-        ("tiny/huge", None, None, "disk", ["1000000.0 GB", "HF_HOME"]),
-        ("tiny/down", None, None, "network", ["error 503", "try again later"]),
-        ("tiny/busy", None, None, "network", ["429", "wait"]),
     ],
-)
-def test_each_failure_is_one_sentence_before_any_download(server, tmp_path, name, revision, token, reason, words):
-    (found,) = ask([[name, revision]], url=server.url, home=tmp_path, **({"HF_TOKEN": token} if token else {}))
-    assert found["reason"] == reason
-    assert all(word in found["sentence"] for word in words), found["sentence"]
-    assert "\n" not in found["sentence"] and not found["sentence"].endswith(".")
-    assert not [path for method, path, _ in server.log if method == "GET" and "/resolve/" in path]
+    NOT_GRANTED: [
+        (["tiny/gated", None], "gated", ["your token has no access", "ask for access"]),
+        (["tiny/echo", None], "network", ["error 400"]),
+    ],
+    "hf_mistyped": [(["tiny/gated", None], "token", ["not valid", "HF_TOKEN"])],
+    GRANTED: [(["tiny/nothere", None], "missing", ["no model tiny/nothere", "token may not see it"])],
+}
+
+
+@pytest.mark.parametrize("token", SENTENCES)
+def test_each_failure_is_one_sentence_without_secrets(server, tmp_path, token):
+    before = len(server.log)
+    # User and password of a mirror's address are sent, and never repeated.
+    url = server.url.replace("://", "://me:secret@") if token is None else server.url
+    calls = [call for call, _, _ in SENTENCES[token]]
+    found = ask(calls, url=url, home=tmp_path, **({"HF_TOKEN": token} if token else {}))
+    for (call, reason, words), told in zip(SENTENCES[token], found, strict=True):
+        sentence = told["sentence"]
+        assert told["reason"] == reason and all(word in sentence for word in words), (call, told)
+        assert "\n" not in sentence and not sentence.endswith(".") and told["quiet"]
+        assert "secret" not in sentence and (token or "hf_") not in sentence.replace("HF_TOKEN", "")
+    fetched = [path for method, path, _ in server.log[before:] if method == "GET" and "/resolve/" in path]
+    assert {path.split("/")[2] for path in fetched} <= {"drip", "flip"}
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_granted_token_opens_a_gated_model_and_does_not_leave_the_hub(server, tmp_path):
-    (found,) = ask([["tiny/gated", None]], url=server.url, home=tmp_path, HF_TOKEN=GRANTED)
+    calls = [["tiny/gated", None], ["tiny/llama", None, "snapshot"]]
+    found, _ = ask(calls, url=server.url, home=tmp_path, HF_TOKEN=GRANTED)
     assert found["files"] == ["config.json", "model.safetensors", "tokenizer.json"]
-    python("from helpers import hub; hub.snapshot('tiny/llama')", url=server.url, home=tmp_path, HF_TOKEN=GRANTED)
     large = [token for method, path, token in server.log if path.startswith("/cdn/") and method == "GET"]
-    assert large and set(large) == {None}
+    assert GRANTED not in large
 
 
 def test_architectures_load_from_the_hub_and_again_without_it(repositories, tmp_path):
-    """Llama, Qwen2 and Mistral through models.load in full precision, NF4 and LLM.int8(); then one from the cache, the server gone."""
+    """Llama, Qwen2 and Mistral through models.load in full precision, NF4 and LLM.int8(); then one from the cache,
+    the server gone.
+    """
     names = [f"tiny/{a}" for a in ARCHITECTURES]
     with Hub(repositories) as server:
         online = read(python(LOAD, json.dumps(PROMPT), *names, url=server.url, home=tmp_path))
         fetched = [path for method, path, _ in server.log if method == "GET" and "/resolve/" in path]
+        before = len(server.log)
+        (pinned,) = ask([[names[0], repositories[0].commit]], url=server.url, home=tmp_path)
+        assert not [path for _, path, _ in server.log[before:] if names[0] in path], "pinned and cached: no request"
+    assert pinned["pinned"] and pinned["bytes_to_download"] == 0
     assert not [path for path in fetched if path.endswith((".bin", ".pth", ".py")) or "onnx" in path]
     for repository, name in zip(repositories, names):
         rows = online[name]
-        assert {r["architecture"].removesuffix("ForCausalLM").lower() for r in rows.values()} == {
-            name.removeprefix("tiny/")
-        }
-        assert all(r["finite"] and len(r["tokens"]) == 4 for r in rows.values())
+        kinds = {r["architecture"].removesuffix("ForCausalLM").lower() for r in rows.values()}
+        assert kinds == {name.removeprefix("tiny/")} and all(r["finite"] for r in rows.values())
         assert [r["layers"] for r in rows.values()] == [0, 14, 14]  # seven linear layers in each block
         assert all(hub.resolved_revision(r["source"]) == repository.commit for r in rows.values())
         # Quantized, but of the same weights: near the full precision's logits, and not equal to them.
         full = rows["fp16"]["logits"]
-        spread = max(full) - min(full)
         for method in ("nf4", "int8"):
             off = max(abs(a - b) for a, b in zip(full, rows[method]["logits"]))
-            assert 0 < off < spread, (name, method, off, spread)
+            assert 0 < off < max(full) - min(full), (name, method, off)
     assert online["validation"] == coqa.read("embedded", 5)[3:]
     assert online["train"] == coqa.read("embedded", 1)
-    offline = read(python(LOAD, json.dumps(PROMPT), names[0], url=server.url, home=tmp_path, HF_HUB_OFFLINE="1"))
-    assert offline == {key: online[key] for key in (names[0], "validation", "train")}
-
-
-def test_cache_answers_when_the_hub_can_not(repositories, tmp_path):
-    llama, commit = repositories[0].name, repositories[0].commit
-    with Hub(repositories) as server:
-        python(f"from helpers import hub; hub.snapshot('{llama}')", url=server.url, home=tmp_path)
-        before = len(server.log)
-        (pinned,) = ask([[llama, commit]], url=server.url, home=tmp_path)
-        assert not [path for _, path, _ in server.log[before:] if llama in path], (
-            "a pinned and cached model needs no request"
-        )
-    assert pinned["pinned"] and pinned["bytes_to_download"] == 0
-    names = [[llama, None], [llama, commit], ["tiny/qwen2", None]]
-    main, pinned, absent = ask(names, url=server.url, home=tmp_path)
+    # The server is gone now.
+    commit = repositories[0].commit
+    calls = [[names[0], None], [names[0], commit], ["tiny/huge", None]]
+    main, pinned, absent = ask(calls, url=server.url, home=tmp_path)
     assert (main["from_cache"], main["commit"], pinned["commit"]) == (True, commit, commit)
     assert absent["reason"] == "network" and server.url in absent["sentence"] and "HF_ENDPOINT" in absent["sentence"]
-    main, pinned, absent = ask(names, url=server.url, home=tmp_path, HF_HUB_OFFLINE="1")
-    assert main["from_cache"] and pinned["from_cache"] and main["files"] == pinned["files"]
-    assert absent["reason"] == "offline" and "tiny/qwen2 (main) is not complete" in absent["sentence"]
+    offline = read(python(LOAD, json.dumps(PROMPT), names[0], url=server.url, home=tmp_path, HF_HUB_OFFLINE="1"))
+    assert offline == {key: online[key] for key in (names[0], "validation", "train")}
     # A cache that lost a shard is not taken for a whole one.
     shards = sorted(tmp_path.rglob("model-*-of-*.safetensors"))
     assert len(shards) > 1
     shards[0].unlink()
-    (cut,) = ask([[llama, None]], url=server.url, home=tmp_path, HF_HUB_OFFLINE="1")
-    assert cut["reason"] == "offline"
+    cut, absent = ask([[names[0], None], ["tiny/huge", None]], url=server.url, home=tmp_path, HF_HUB_OFFLINE="1")
+    assert cut["reason"] == absent["reason"] == "offline" and "tiny/huge (main) is not complete" in absent["sentence"]
 
 
-def test_check_asks_for_model_and_data(server, tmp_path):
-    values = {
-        "study": "t",
-        "title": "t",
-        "model": {"source": "hub", "name": "tiny/llama"},
-        "data": {"source": "EleutherAI/coqa"},
-    }
-    sizes = params.read_yaml(ROOT / "params/smollm2-135m/study.yaml")["benchmark"]
-    code = "import json, sys; from helpers import hub, params; study, _ = params.check(json.loads(sys.argv[1]), 't'); "
-    found = json.loads(
-        python(
-            code + "print(json.dumps(hub.check(study)))",
-            json.dumps(values | {"benchmark": sizes}),
-            url=server.url,
-            home=tmp_path,
-        )
-    )
-    assert "config.json" in found["model"]["files"]
-    assert found["data"]["files"] == ["README.md", "coqa_train.parquet", "coqa_validation.parquet"]
-    assert not [path for method, path, _ in server.log if method == "GET" and "/resolve/" in path]
-    values["data"]["source"] = "EleutherAI/nothere"
-    code += "\ntry: hub.check(study)\nexcept hub.HubError as error: print(error)"
-    sentence = python(code, json.dumps(values | {"benchmark": sizes}), url=server.url, home=tmp_path)
-    assert "data.source: the hub has no dataset EleutherAI/nothere" in sentence
+def test_check_asks_for_model_and_data(server, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "plan", lambda *call: asked.append(call) or {})
+    study = hub_study("tiny/llama", "EleutherAI/coqa")
+    assert set(hub.check(study)) == {"model", "data"}
+    assert asked == [("tiny/llama", None), ("EleutherAI/coqa", None, "dataset")]
+
+
+def hub_study(model: str, data: str):
+    from helpers import params
+
+    values = {"study": "t", "title": "t", "model": {"source": "hub", "name": model}, "data": {"source": data}}
+    return params.check(values, "t").study
 
 
 def test_nothing_of_an_embedded_study_is_asked_of_the_hub(study):
@@ -276,9 +272,10 @@ def caused(error: Exception, cause: Exception) -> Exception:
             "network",
             "can't be reached",
         ),
-        (httpx.ReadTimeout("slow"), "network", "ReadTimeout"),
+        (httpx.ReadTimeout("slow"), "network", "did not answer in 30 s"),
         (errors.FileMetadataError("no commit"), "network", "does not answer like a model hub"),
-        (RuntimeError("something new\nwith a second line"), "network", "RuntimeError: something new"),
+        (RuntimeError("something new\nwith hf_token"), "network", "could not be fetched (RuntimeError)"),
+        (json.JSONDecodeError("x", "<html>", 0), "network", "does not answer like a model hub"),
     ],
 )
 def test_system_errors_are_explained(error, reason, words):

@@ -1,12 +1,15 @@
 """Models and data sets of the model hub: fetched once into the user's cache, and read from there as local folders.
 
     folder = hub.snapshot("meta-llama/Llama-3.2-1B", "4e20de3...")     # a Path; the rest of the project sees no hub
-    hub.check(study)                                                   # before any work: can it be had, does it fit on the disk
+    hub.check(study)                                                   # before any work: access, format, disk
 
-huggingface_hub does the work and its environment variables hold: HF_HOME (where the cache is), HF_TOKEN (or `hf auth login`), HF_ENDPOINT
-(a mirror), HF_HUB_OFFLINE=1 (cache only). A snapshot with a commit as its revision that is in the cache needs no network at all.
+huggingface_hub does the work and its environment variables hold: HF_HOME (where the cache is), HF_TOKEN (or `hf auth
+login`), HF_ENDPOINT (a mirror), HF_HUB_OFFLINE=1 (cache only). A commit that is in the cache needs no network. Every
+request has a time-out, every call an end; a file whose sha256 is not the one that the hub names is deleted and
+refused.
 
-Whatever goes wrong is one `HubError`: a StudyError whose sentence names the model and the remedy, and whose `reason` is one of
+Whatever goes wrong is one `HubError`: a StudyError whose sentence names the model and the remedy, without token or
+password, and whose `reason` is one of
 
 | reason | what happened |
 |---|---|
@@ -15,27 +18,35 @@ Whatever goes wrong is one `HubError`: a StudyError whose sentence names the mod
 | `missing` | no such repository, or a private one |
 | `revision` | no such revision |
 | `format` | no safetensors weights, or no configuration |
-| `network` | the hub can't be reached, or answers with an error |
+| `network` | the hub can't be reached, does not answer in time, or answers with an error or a web page |
+| `damaged` | a file arrived with another content than the hub names |
 | `offline` | HF_HUB_OFFLINE is set and the cache lacks it |
 | `disk` | no room, or no permission to write |
 """
 
 import errno
-import json
+import hashlib
+import os
 import re
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from helpers import StudyError
+from helpers import ROOT, StudyError
+from helpers.setup import http
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# Weights are read from safetensors only: no pickle, no second copy in another format, nothing that lies in a subfolder (original/, onnx/).
+LOOKUP = 120  # s for all requests that only look something up
+SLOWEST = 200_000  # bytes/s; a download may take LOOKUP and as long as it takes at this rate
+# Weights are read from safetensors only: no pickle, no second copy in another format, nothing of a subfolder
+# (original/, onnx/).
 FILES = {
     "model": (
         ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
@@ -53,13 +64,41 @@ class HubError(StudyError):
         self.reason = reason
 
 
+def _endpoint() -> str:
+    """The hub's address without user and password."""
+    parts = urlsplit(constants.ENDPOINT)
+    return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}"
+
+
+@contextmanager
+def _call(name: str, revision: str | None, kind: str, seconds: float, quiet: bool):
+    """One call of huggingface_hub: at most so long, without progress bars if quiet, its exceptions a HubError that
+    holds none of its text: a server may echo the token.
+    """
+    quiet = quiet and not are_progress_bars_disabled()
+    if quiet:
+        disable_progress_bars()
+    try:
+        with http.within(seconds):
+            yield
+    except HubError:
+        raise
+    except Exception as error:  # huggingface_hub's, httpx's, hf_xet's RuntimeError, and those of parsing whatever came
+        raise explain(error, name, revision, kind) from None
+    finally:
+        if quiet:
+            enable_progress_bars()
+
+
+# ---- repositories ----
+
+
 def plan(name: str, revision: str | None = None, kind: str = "model") -> dict:
     """What `snapshot` would do, from a request for each file's head (or from the cache alone): nothing is downloaded.
 
-    Returns commit, pinned (the revision is a commit), files (a list of names), bytes, bytes_to_download, cache (its folder), and from_cache
-    (the hub was not asked, or could not be reached). Raises HubError.
-    """
-    with _explained(name, revision, kind):
+    Returns commit, pinned (the revision is a commit), files (a list of names), bytes, bytes_to_download, cache (its
+    folder), and from_cache (the hub was not asked, or could not be reached). Raises HubError."""
+    with _call(name, revision, kind, LOOKUP, quiet=True):
         files = _dry_run(name, revision, kind)
     if files is None:
         folder = _from_cache(name, revision, kind)
@@ -67,16 +106,14 @@ def plan(name: str, revision: str | None = None, kind: str = "model") -> dict:
         commit, missing = folder.name, 0
     else:
         sizes = {f.filename: f.file_size or 0 for f in files}
-        commit, missing = (
-            (files[0].commit_hash if files else None),
-            sum(f.file_size or 0 for f in files if f.will_download),
-        )
+        commit = files[0].commit_hash if files else None
+        missing = sum(f.file_size or 0 for f in files if f.will_download)
     _check_format(name, kind, list(sizes))
     free = shutil.disk_usage(_existing(Path(constants.HF_HUB_CACHE))).free
     if missing > free:
         raise HubError(
             "disk",
-            f"{name} needs {missing / 1e9:.1f} GB and the disk of {constants.HF_HUB_CACHE} has {free / 1e9:.1f} GB free; "
+            f"{name} needs {missing / 1e9:.1f} GB and the disk of {_cache()} has {free / 1e9:.1f} GB free; "
             "free some space, or set HF_HOME to a folder on a larger disk",
         )
     return {
@@ -85,7 +122,7 @@ def plan(name: str, revision: str | None = None, kind: str = "model") -> dict:
         "files": sorted(sizes),
         "bytes": sum(sizes.values()),
         "bytes_to_download": missing,
-        "cache": str(constants.HF_HUB_CACHE),
+        "cache": _cache(),
         "from_cache": files is None,
     }
 
@@ -96,22 +133,52 @@ def snapshot(name: str, revision: str | None = None, kind: str = "model") -> Pat
     Raises HubError before anything is downloaded if it can't be had or does not fit on the disk.
     """
     planned = plan(name, revision, kind)
-    commit = planned["commit"]
     if planned["from_cache"]:
         return _from_cache(name, revision, kind)
+    size, commit = planned["bytes_to_download"], planned["commit"]
+    with _call(name, revision, kind, LOOKUP + size / SLOWEST, quiet=size == 0):
+        started = time.time()
+        # The commit, so that a branch that moves meanwhile can't mix two versions.
+        folder = Path(_download(name, commit, kind))
+        if revision != commit:  # the branch or tag, so that it is found offline
+            reference = folder.parents[1] / "refs" / (revision or constants.DEFAULT_REVISION)
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(commit)
+    if size:
+        _check_content(name, folder, started)
+    return folder
+
+
+def _download(name: str, revision: str | None, kind: str, **options):
     allow, ignore = FILES[kind]
-    with _explained(name, revision, kind), _without_bars(planned["bytes_to_download"] == 0):
-        # The commit, so that a branch that moves meanwhile can't mix two versions; the branch, so that it is found offline.
-        folder = huggingface_hub.snapshot_download(
-            name, repo_type=kind, revision=commit, allow_patterns=allow, ignore_patterns=ignore
-        )
-        if revision != commit:
-            _remember(Path(folder).parents[1], revision or constants.DEFAULT_REVISION, commit)
-    return Path(folder)
+    return huggingface_hub.snapshot_download(
+        name, repo_type=kind, revision=revision, allow_patterns=allow, ignore_patterns=ignore, **options
+    )
+
+
+def _check_content(name: str, folder: Path, since: float) -> None:
+    """Large files are stored under the sha256 that the hub names; those that have just arrived are compared with it."""
+    for path in sorted(folder.rglob("*")):
+        blob = path.resolve()
+        if not re.fullmatch(r"[0-9a-f]{64}", blob.name) or blob.stat().st_mtime < since - 1:
+            continue
+        with open(blob, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != blob.name:
+            path.unlink()
+            blob.unlink(missing_ok=True)
+            raise HubError(
+                "damaged",
+                f"{path.name} of {name} arrived with another content than {_endpoint()} names (sha256 "
+                f"{found[:12]}..., expected "
+                f"{blob.name[:12]}...) and was deleted; run again, and if it happens again, use another mirror",
+            )
 
 
 def resolved_revision(path_or_name: str | Path, revision: str | None = None, kind: str = "model") -> str | None:
-    """The commit of a snapshot's folder, or of a name and revision that are in the cache; none for anything else. No network."""
+    """The commit of a snapshot's folder, or of a name and revision that are in the cache; None for anything else. No
+    network.
+    """
     parts = Path(path_or_name).parts
     if len(parts) >= 2 and parts[-2] == "snapshots" and COMMIT.fullmatch(parts[-1]):
         return parts[-1]
@@ -123,127 +190,92 @@ def resolved_revision(path_or_name: str | Path, revision: str | None = None, kin
 
 
 def is_hub_data(source: str) -> bool:
-    """Whether `data.source` names a data set of the hub (helpers.coqa reads the rest from files)."""
-    return not source.startswith("embedded") and not source.endswith((".json", ".jsonl"))
+    """Whether `data.source` names a data set of the hub (OWNER/NAME): not what ships, and not a file, there or
+    mistyped.
+    """
+    is_file = Path(source).suffix.lower() in (".json", ".jsonl", ".ndjson", ".txt", ".csv") or (ROOT / source).exists()
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source)) and not is_file
 
 
 def check(study) -> dict:
-    """Everything of a study that comes from the hub, without downloading it: {"model": plan, "data": plan}, only what applies.
+    """Everything of a study that comes from the hub, without downloading it: {"model": plan, "data": plan}, only what
+    applies.
 
     Raises HubError, so that a study stops before its first long step.
     """
     found = {}
     if study.model.source == "hub":
         found["model"] = plan(study.model.name, study.model.revision)
-    if study.data and is_hub_data(study.data.source):
-        found["data"] = plan(study.data.source, study.data.revision, "dataset")
+    for data in getattr(study, "sources", [study.data] if study.data else []):
+        if is_hub_data(data.source):
+            found["data"] = plan(data.source, data.revision, "dataset")
     return found
 
 
 def _dry_run(name: str, revision: str | None, kind: str) -> list | None:
-    """huggingface_hub's list of files, or none if only the cache can answer (offline, or unreachable with a filled cache)."""
+    """huggingface_hub's list of files; None if only the cache can answer (offline, or unreachable with a filled
+    cache).
+    """
     if constants.HF_HUB_OFFLINE:
         return None
-    allow, ignore = FILES[kind]
     try:
-        with _without_bars(True):
-            return huggingface_hub.snapshot_download(
-                name, repo_type=kind, revision=revision, allow_patterns=allow, ignore_patterns=ignore, dry_run=True
-            )
-    except (errors.DryRunError, errors.LocalEntryNotFoundError, httpx.TransportError):
-        if _cached_folder(name, revision, kind) is None:
+        return _download(name, revision, kind, dry_run=True)
+    except (errors.DryRunError, errors.LocalEntryNotFoundError, httpx.TransportError, http.NoHub):
+        if _cached(name, revision, kind) is None:
             raise
         return None
 
 
-@contextmanager
-def _without_bars(quiet: bool):
-    """No progress bars while nothing is downloaded."""
-    quiet = quiet and not are_progress_bars_disabled()
-    if quiet:
-        disable_progress_bars()
+def _cached(name: str, revision: str | None, kind: str) -> Path | None:
+    """The cache's folder, if it holds all that is needed as far as the cache's own listing tells."""
     try:
-        yield
-    finally:
-        if quiet:
-            enable_progress_bars()
-
-
-def _cached_folder(name: str, revision: str | None, kind: str) -> Path | None:
-    """The cache's folder if it holds all that is needed."""
-    commit = resolved_revision(name, revision, kind)
-    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "snapshots" / (commit or "none")
-    return folder if folder.is_dir() and not _lacking(folder, kind) else None
+        return Path(_download(name, revision, kind, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        return None
 
 
 def _from_cache(name: str, revision: str | None, kind: str) -> Path:
-    folder = _cached_folder(name, revision, kind)
-    if folder is None:
-        why = "HF_HUB_OFFLINE is set and" if constants.HF_HUB_OFFLINE else "the hub can't be reached and"
-        raise HubError(
-            "offline" if constants.HF_HUB_OFFLINE else "network", f"{why} {_not_cached(name, revision)}; {_FILL}"
-        )
-    return folder
-
-
-def _lacking(folder: Path, kind: str) -> list[str]:
-    """Files that a snapshot ought to have and lacks: another program may have fetched only some, or a download was cut off."""
-    if kind == "dataset":
-        return [] if any(folder.rglob("*.parquet")) or any(folder.rglob("*.json*")) else ["data files"]
-    lacking = [] if (folder / "config.json").is_file() else ["config.json"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        lacking += sorted(s for s in shards if not (folder / s).is_file())
-    elif not any(folder.glob("*.safetensors")):
-        lacking += ["model.safetensors"]
-    if not any(folder.glob("tokenizer*")):
-        lacking += ["tokenizer.json"]
-    return lacking
+    if folder := _cached(name, revision, kind):
+        return folder
+    offline = constants.HF_HUB_OFFLINE
+    why = "HF_HUB_OFFLINE is set" if offline else "the hub can't be reached"
+    raise HubError("offline" if offline else "network", f"{why} and {_not_cached(name, revision)}; {_FILL}")
 
 
 def _check_format(name: str, kind: str, files: list[str]) -> None:
-    if kind == "dataset" and not any(f.endswith((".parquet", ".json", ".jsonl")) for f in files):
-        raise HubError(
-            "format",
-            f"data.source: {name} has no Parquet or JSON files; name one that has, or give a path to a CoQA file",
-        )
-    if kind == "model":
-        for suffix, what in (("config.json", "config.json"), (".safetensors", "safetensors weights")):
-            if not any(f.endswith(suffix) for f in files):
-                raise HubError(
-                    "format", f"model.name: {name} has no {what}, and other formats are not read; name a model that has"
-                )
-
-
-def _remember(storage: Path, revision: str, commit: str) -> None:
-    """Note in the cache which commit a branch or tag stands for, as huggingface_hub does."""
-    reference = storage / "refs" / revision
-    if not reference.is_file() or reference.read_text() != commit:
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text(commit)
+    if kind == "dataset":
+        wanted = (((".parquet", ".json", ".jsonl"), "Parquet or JSON files"),)
+    else:
+        wanted = (("config.json",), "config.json"), ((".safetensors",), "safetensors weights")
+    for suffixes, what in wanted:
+        if not any(f.endswith(suffixes) for f in files):
+            raise HubError(
+                "format", f"{_key(kind)}: {name} has no {what}, and other formats are not read; name one that has"
+            )
 
 
 def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
 
 
+# ---- sentences ----
+
 _FILL = "run once with a network, or copy a filled cache from another machine and set HF_HOME to it"
+_NO_HUB = "{} does not answer like a model hub; check HF_ENDPOINT, and a proxy, firewall or login page between"
+
+
+def _cache() -> str:
+    """The cache's folder as the user writes it."""
+    folder, home = Path(constants.HF_HUB_CACHE), os.environ.get("HOME", "/")
+    return f"~/{folder.relative_to(home)}" if home != "/" and folder.is_relative_to(home) else str(folder)
+
+
+def _key(kind: str) -> str:
+    return "model.name" if kind == "model" else "data.source"
 
 
 def _not_cached(name: str, revision: str | None) -> str:
-    return f"{name} ({revision or constants.DEFAULT_REVISION}) is not complete in the cache {constants.HF_HUB_CACHE}"
-
-
-@contextmanager
-def _explained(name: str, revision: str | None, kind: str):
-    """Turn whatever huggingface_hub raises inside into a HubError."""
-    try:
-        yield
-    except HubError:
-        raise
-    except (errors.HFValidationError, OSError, RuntimeError, httpx.HTTPError) as error:  # RuntimeError: hf_xet's
-        raise explain(error, name, revision, kind) from error
+    return f"{name} ({revision or constants.DEFAULT_REVISION}) is not complete in the cache {_cache()}"
 
 
 def explain(error: BaseException, name: str, revision: str | None = None, kind: str = "model") -> HubError:
@@ -251,111 +283,67 @@ def explain(error: BaseException, name: str, revision: str | None = None, kind: 
     chain = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
         chain.append(inner)
-    for make in (_of_name, _of_answer, _of_system, _of_network):
-        for link in chain:
-            if found := make(link, name, revision, kind):
-                return HubError(*found)
-    return HubError(
-        "network",
-        f"{name} could not be fetched from {constants.ENDPOINT} ({_first_line(error)}); try again, or report this",
-    )
-
-
-def _of_name(error, name, revision, kind):
-    if isinstance(error, errors.HFValidationError):
-        key = "model.name" if kind == "model" else "data.source"
-        return "missing", f"{key}: '{name}' is not a hub name; write OWNER/NAME, or give a path"
-    return None
-
-
-def _of_answer(error, name, revision, kind):
-    """Answers of the hub. 401 and 403 with the code GatedRepo: no token, no grant; 401 otherwise: also a repository that does not exist."""
+    hub, key, cached = _endpoint(), _key(kind), _not_cached(name, revision)
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    token = huggingface_hub.get_token()
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.GatedRepoError):
-        if token is None:
-            return "gated", (
-                f"{name} is gated and you are not logged in: ask for access on {page}, then run `.venv/bin/hf auth login` or set HF_TOKEN "
-                "(the study smollm2-135m needs no account)"
-            )
-        return "gated", (
-            f"{name} is gated and your token has no access: ask for access on {page}, then run again once it is granted; a fine-grained "
-            "token also needs the permission to read gated repositories"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return (
+    login, later = "run `.venv/bin/hf auth login` or set HF_TOKEN", "try again later, or set HF_ENDPOINT to a mirror"
+    ask = f"ask for access on {page}, then"
+    if huggingface_hub.get_token():
+        private = "your token may not see it"
+        gated = f"your token has no access: {ask} run again once it is granted; a fine-grained token also needs the "
+        gated += "permission to read gated repositories"
+    else:
+        private = f"it is private: then {login}"
+        gated = f"you are not logged in: {ask} {login} (the study smollm2-135m needs no account)"
+    late = "network", f"{hub} did not answer in {http.TIMEOUT} s and {cached}; {later}"
+    told = {
+        http.Late: ("network", f"{hub} is too slow: the time for this is up; {later}"),
+        http.NoHub: ("network", _NO_HUB.format(hub)),
+        errors.HFValidationError: ("missing", f"{key}: '{name}' is not a hub name; write OWNER/NAME, or give a path"),
+        errors.GatedRepoError: ("gated", f"{name} is gated and {gated}"),
+        errors.RevisionNotFoundError: (
             "revision",
             f"{name} has no revision '{revision}': take one from {page}/commits/main, or leave `revision` out",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        who = (
-            "your token may not see it"
-            if token
-            else "it is private: then run `.venv/bin/hf auth login` or set HF_TOKEN"
-        )
-        key = "model.name" if kind == "model" else "data.source"
-        return "missing", f"{key}: the hub has no {kind} {name}, or {who}; check the name on {page}"
-    if isinstance(error, errors.DisabledRepoError):
-        return "missing", f"{name} has been disabled on the hub; name another {kind}"
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return (
+        ),
+        errors.RepositoryNotFoundError: (
+            "missing",
+            f"{key}: the hub has no {kind} {name}, or {private}; check the name on {page}",
+        ),
+        errors.DisabledRepoError: ("missing", f"{name} has been disabled on the hub; name another {kind}"),
+        errors.RemoteEntryNotFoundError: (
             "format",
-            f"{name} lacks a file that is listed there ({_first_line(error)}); take another revision from {page}/commits/main",
-        )
-    if status == 401:
-        return "token", "your token for the hub is not valid: run `.venv/bin/hf auth login` again, or correct HF_TOKEN"
-    if status == 429:
-        return (
-            "network",
-            f"{constants.ENDPOINT} refuses more requests for now (429); wait some minutes, or run `.venv/bin/hf auth login`",
-        )
-    if status and status >= 500:
-        return (
-            "network",
-            f"{constants.ENDPOINT} answers with error {status} and {_not_cached(name, revision)}; try again later",
-        )
-    if status and status >= 400:
-        return (
-            "network",
-            f"{constants.ENDPOINT} refuses {name} with error {status}; check the token's permissions, and HF_ENDPOINT",
-        )
-    return None
-
-
-def _of_system(error, name, revision, kind):
-    if not isinstance(error, OSError) or isinstance(error, errors.HfHubHTTPError):
-        return None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            "disk",
-            f"the disk of {constants.HF_HUB_CACHE} is full before {name} is complete; free some space, or move HF_HOME",
-        )
-    if (
-        error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None
-    ):  # not a forbidden connection
-        return (
-            "disk",
-            f"{constants.HF_HUB_CACHE} can't be written ({error.strerror}); set HF_HOME to a folder of your own",
-        )
-    return None
-
-
-def _of_network(error, name, revision, kind):
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return "offline", f"HF_HUB_OFFLINE is set and {_not_cached(name, revision)}; {_FILL}"
-    if isinstance(error, errors.FileMetadataError):
-        return (
-            "network",
-            f"{constants.ENDPOINT} does not answer like a model hub; check HF_ENDPOINT, and a proxy or firewall between",
-        )
-    if isinstance(error, httpx.TransportError | ConnectionError):
-        return "network", (
-            f"the hub at {constants.ENDPOINT} can't be reached ({type(error).__name__}) and {_not_cached(name, revision)}: check network "
-            "and proxy, set HF_ENDPOINT to a mirror, or copy a filled cache from another machine and set HF_HOME to it and HF_HUB_OFFLINE=1"
-        )
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no text'])[0]}"
+            f"{name} lacks a file that is listed there; take another revision from {page}/commits/main",
+        ),
+        errors.FileMetadataError: ("network", _NO_HUB.format(hub)),
+        httpx.ConnectTimeout: late,
+        httpx.ReadTimeout: late,
+        errors.OfflineModeIsEnabled: ("offline", f"HF_HUB_OFFLINE is set and {cached}; {_FILL}"),
+    }
+    answers = {
+        401: ("token", "your token for the hub is not valid: run `.venv/bin/hf auth login` again, or correct HF_TOKEN"),
+        429: ("network", f"{hub} refuses more requests for now (429); wait some minutes, or {login}"),
+    }
+    for expected, found in told.items():
+        if any(isinstance(link, expected) for link in chain):
+            return HubError(*found)
+    for link in chain:
+        if isinstance(link, errors.HfHubHTTPError) and (status := link.response.status_code) >= 400:
+            refused = f"{hub} answers with error {status} and {cached}; check the token's permissions and HF_ENDPOINT"
+            failed = f"{hub} answers with error {status} and {cached}; {later}"
+            return HubError(*answers.get(status, ("network", failed if status >= 500 else refused)))
+        number = getattr(link, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            return HubError("disk", f"the disk of {_cache()} is full before {name} is complete; free some space")
+        # A file name: a connection can be forbidden as well.
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS) and getattr(link, "filename", None):
+            return HubError(
+                "disk", f"{_cache()} can't be written ({link.strerror}); set HF_HOME to a folder of your own"
+            )
+    lost = next((link for link in chain if isinstance(link, httpx.TransportError | ConnectionError)), None)
+    if lost is None:
+        return HubError("network", f"{name} could not be fetched ({type(error).__name__}): {_NO_HUB.format(hub)}")
+    return HubError(
+        "network",
+        f"the hub at {hub} can't be reached ({type(lost).__name__}) and {cached}: check network and proxy, set "
+        "HF_ENDPOINT to a mirror, or copy a filled cache from another machine and set HF_HOME to it, with "
+        "HF_HUB_OFFLINE=1",
+    )

@@ -6,6 +6,8 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules
 
 STUDY ?= smollm2-135m
+# What starts a notebook, such as RUN="srun --gpus=1"; with make -j the notebooks are then scheduled elsewhere.
+RUN ?=
 STUDY_FILE := params/$(STUDY)/study.yaml
 comma := ,
 key = $(shell sed -n 's/^ *$(1): *\[\{0,1\}\([^]\#]*\).*/\1/p' $(STUDY_FILE) 2>/dev/null | head -n 1)
@@ -81,32 +83,33 @@ again: ## measure the hardware in one more process
 	@$(MAKE) --no-print-directory run-all PROCESSES=$$(( $(words $(sort $(notdir $(wildcard $(OUT)/*/02_benchmark*.ipynb)))) + 1 ))
 
 check: $(ENV)
-	@$(PY) -m helpers.params $(STUDY) $(CONFIGS)
+	@$(NB) check "$(STUDY)" $(CONFIGS)
 
-# $(1) target notebook  $(2) notebook  $(3) configuration  $(4) prerequisites  $(5) further parameters
+# $(1) target notebook  $(2) notebook  $(3) configuration  $(4) its result  $(5) prerequisites  $(6) further parameters
+# The result is a target as well: whoever deletes it gets it made again.
 define CONFIGURATION_RULE
 measure: $(OUT)/$(3)/$(1).ipynb
-$(OUT)/$(3)/$(1).ipynb: notebooks/$(2).ipynb $(STUDY_FILE) $(call files,$(3)) $(OUT)/00_setup.ipynb $(4) $(METHODS_READY)
-	@$$(NB) run notebooks/$(2).ipynb $$@ -f $(STUDY_FILE) $(patsubst %,-f %,$(call files,$(3))) $(5)
+$(OUT)/$(3)/$(1).ipynb $(OUT)/$(3)/$(4).json &: notebooks/$(2).ipynb $(STUDY_FILE) $(call files,$(3)) $(OUT)/00_setup.ipynb $(5) $(METHODS_READY)
+	@$(RUN) $$(NB) run notebooks/$(2).ipynb "$(OUT)/$(3)/$(1).ipynb" -f $(STUDY_FILE) $(patsubst %,-f %,$(call files,$(3))) $(6)
 endef
 files = $(wildcard params/formats/$(1).yaml params/$(STUDY)/$(1).yaml)
 # A study without dialogues measures hardware only.
 HAS_DATA := $(shell grep -s '^data:' $(STUDY_FILE))
 FURTHER := $(wordlist 2,$(PROCESSES),1 2 3 4 5 6 7 8 9)
-$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark,02_benchmark,$(c),$(BENCHMARK))))
-$(foreach n,$(FURTHER),$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark_$(n),02_benchmark,$(c),$(BENCHMARK),-p process $(n)))))
+$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark,02_benchmark,$(c),benchmark,$(BENCHMARK))))
+$(foreach n,$(FURTHER),$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark_$(n),02_benchmark,$(c),benchmark_$(n),$(BENCHMARK),-p process $(n)))))
 ifneq ($(HAS_DATA),)
-$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,01_evaluate,01_evaluate,$(c),$(EVALUATE))))
-$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,03_fidelity,03_fidelity,$(c),$(FIDELITY))))
+$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,01_evaluate,01_evaluate,$(c),evaluation,$(EVALUATE))))
+$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,03_fidelity,03_fidelity,$(c),fidelity,$(FIDELITY))))
 measure: $(OUT)/03_weights.ipynb
-$(OUT)/03_weights.ipynb: notebooks/03_weights.ipynb $(STUDY_FILE) $(OUT)/00_setup.ipynb $(FIDELITY)
-	@$(NB) run $< $@ -f $(STUDY_FILE)
+$(OUT)/03_weights.ipynb $(OUT)/weights.json &: notebooks/03_weights.ipynb $(STUDY_FILE) $(OUT)/00_setup.ipynb $(FIDELITY)
+	@$(RUN) $(NB) run notebooks/03_weights.ipynb "$(OUT)/03_weights.ipynb" -f $(STUDY_FILE)
 endif
 
-$(OUT)/00_setup.ipynb: notebooks/00_setup.ipynb $(STUDY_FILE) $(COMMON) | $(ENV)
-	@$(NB) run notebooks/00_setup.ipynb $@ -f $(STUDY_FILE)
+$(OUT)/00_setup.ipynb $(OUT)/setup.json &: notebooks/00_setup.ipynb $(STUDY_FILE) $(COMMON) | $(ENV)
+	@$(RUN) $(NB) run notebooks/00_setup.ipynb "$(OUT)/00_setup.ipynb" -f $(STUDY_FILE)
 
-RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/*/evaluation.json $(OUT)/weights.json $(OUT)/*/benchmark*.json $(OUT)/*/fidelity.json $(OUT)/bench_eval.json)
+RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/weights.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark*.json $(OUT)/*/fidelity.json $(OUT)/bench_eval.json)
 
 report: $(OUT)/report.html ## render the report from the results that are there
 
@@ -165,4 +168,6 @@ bench-statistics: $(ENV) ## simulate the coverage of intervals and the level of 
 	$(PY) tests/bench_statistics.py
 
 clean: ## delete this study's results and figures (not the cached weights, not executed/reference)
-	@[ "$(STUDY)" != reference ] && rm -rf "$(OUT)" "figures/$(STUDY)"
+	@[ -z "$(RESULTS)" ] && [ "$(STUDY)" != reference ] && [[ "$(STUDY)" =~ ^[a-z0-9][a-z0-9._-]*$$ ]] || \
+	  { echo "make clean STUDY=$(STUDY): removes one study's own results, such as STUDY=smollm2-135m" >&2; exit 1; }
+	rm -rf "executed/$(STUDY)" "figures/$(STUDY)"

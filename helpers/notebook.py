@@ -1,14 +1,19 @@
-"""Notebooks, run headlessly: papermill with progress, failures that leave a trace, and nothing half-done that looks done.
+"""Notebooks, run headlessly: papermill with progress, and nothing half-done that looks done.
 
-    python -m helpers.notebook run NOTEBOOK OUTPUT -f params/STUDY/study.yaml [-f params/STUDY/CONFIGURATION.yaml] [-p KEY VALUE]
+    python -m helpers.notebook run NOTEBOOK OUTPUT -f params/STUDY/study.yaml -f params/formats/F.yaml [-p KEY VALUE]
     python -m helpers.notebook render EXECUTED.ipynb REPORT.html
     python -m helpers.notebook status STUDY CONFIGURATION ...
+    python -m helpers.notebook check STUDY CONFIGURATION ...
 
-`run` writes to a temporary name and moves it on success, since papermill leaves a partial notebook behind when a cell fails, which
-Make would take for a finished one. A failed notebook is kept as OUTPUT with `.failed.ipynb`, and the reason becomes a result.
+`run` is `papermill NOTEBOOK OUTPUT -f ... -p ...`, written to a temporary name and moved on success: papermill leaves a
+partial notebook behind when a cell fails, which Make would take for a finished one. A failed notebook is kept as OUTPUT
+with `.failed.ipynb`, and the reason becomes a result.
 """
 
 import argparse
+import contextlib
+import fcntl
+import logging
 import os
 import re
 import subprocess
@@ -18,15 +23,21 @@ from pathlib import Path
 
 import yaml
 
-from helpers import ROOT, NotHere, StudyError, params, results
+from helpers import CACHE, ROOT, NotHere, StudyError, cards, params, results
 
+# Notebook -> its result, in the order in which they run; `status` shows them, and Make has a rule for each.
 KINDS = {
     "00_setup": "setup",
     "01_evaluate": "evaluation",
     "02_benchmark": "benchmark",
     "03_fidelity": "fidelity",
     "03_weights": "weights",
+    "04_analysis": None,
+    "05_figures": None,
 }
+PER_CONFIGURATION = ("01_evaluate", "02_benchmark", "03_fidelity")
+NOISE = ("USDT", "profiler_start", "IPKernelApp", "is an Enum subclass", "Passed unknown parameter")
+OURS = ("StudyError", "NotHere", "HubError")  # their text is the sentence that a reader needs
 
 
 class _Progress:
@@ -38,7 +49,7 @@ class _Progress:
     def write(self, text: str) -> int:
         *lines, self.pending = (self.pending + text).split("\n")
         for line in lines:
-            if line.strip():
+            if line.strip() and not any(text in line for text in NOISE):
                 self.line(line.split("\r")[-1])
         return len(text)
 
@@ -62,15 +73,14 @@ def _reason(error: Exception) -> str:
     if name == "DeadKernelError" or "Kernel died" in text:
         return "the notebook's process was killed, most likely for lack of memory; free some, or lower the sizes in study.yaml"
     text = re.sub(r"\x1b\[[0-9;]*m", "", text).strip()
-    return results.clean(text if name == "StudyError" else f"{name}: {text}")
+    return results.clean(text if name in OURS else f"{name}: {text}")
 
 
 def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]) -> None:
     """Execute `source` into `target`. Raises SystemExit with the reason if a cell fails; what other notebooks computed is kept."""
-    import papermill
-
     given = _parameters(files, overrides)
     study, configuration, process = params.check(given, " and ".join(files))
+    kind, case = KINDS[source.stem], (study, configuration)
     if configuration and not configuration.quantization.method.startswith(("none", "bitsandbytes")):
         # Known before a kernel is started: a package or the hardware is missing.
         from helpers.setup import methods
@@ -78,45 +88,72 @@ def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]
         try:
             methods.require(configuration)
         except NotHere as missing:
-            results.write_without(study, configuration, KINDS[source.stem], "skipped", str(missing), process)
             results.write_text(target, source.read_text(encoding="utf-8"))
+            results.write_without(*case, kind, "skipped", str(missing), process)
             print(f"[{configuration.configuration}/{source.stem}] not run: {missing}", flush=True)
             return
-    label = f"{configuration.configuration if configuration else study.study}/{source.stem}"
-    progress = _Progress(f"[{label}]")
-    scratch, failed = target.with_suffix(".running.ipynb"), target.with_suffix(".failed.ipynb")
+    number = f"_{process}" if process > 1 else ""
+    progress = _Progress(f"[{configuration.configuration if configuration else study.study}/{source.stem}{number}]")
+    scratch, failed = target.with_suffix(f".{os.getpid()}.ipynb"), target.with_suffix(".failed.ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
-    failed.unlink(missing_ok=True)
-    progress.line("started")
-    try:
-        papermill.execute_notebook(
-            str(source), str(scratch), parameters=given, cwd=str(source.parent), progress_bar=False,
-            stdout_file=progress, stderr_file=None, kernel_name="python3", request_save_on_cell_execute=True, autosave_cell_every=0,
-            extra_arguments=["--IPKernelApp.log_level=40"],
-        )  # fmt: skip
-        os.replace(scratch, target)
-        progress.line("done")
-    except KeyboardInterrupt:
-        scratch.unlink(missing_ok=True)
-        raise SystemExit(130) from None
-    except Exception as error:
-        if getattr(error, "ename", None) == "NotHere":  # no failure: this machine has not what the method takes
-            results.write_without(study, configuration, KINDS[source.stem], "skipped", _reason(error), process)
+    with _only(target), cards.reserved(source.stem == "02_benchmark", lambda: progress.line("waits for a GPU")):
+        failed.unlink(missing_ok=True)
+        progress.line("started")
+        try:
+            _execute(source, scratch, given, progress)
             os.replace(scratch, target)
-            progress.line(f"not run: {_reason(error)}")
-            return
-        # An older, finished result must not stand for this run.
-        target.unlink(missing_ok=True)
-        if scratch.exists():
-            os.replace(scratch, failed)
-        reason = _reason(error)
-        if source.stem in KINDS:
-            results.write_without(study, configuration, KINDS[source.stem], "failed", reason, process)
-        where = (
-            f"; see {failed.relative_to(ROOT) if failed.is_relative_to(ROOT) else failed}" if failed.exists() else ""
-        )
-        progress.line(f"FAILED: {reason}{where}")
-        raise SystemExit(1) from None
+            progress.line("done")
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except Exception as error:
+            reason = _reason(error)
+            if getattr(error, "ename", None) == "NotHere":  # no failure: this machine has not what the method takes
+                os.replace(scratch, target)
+                results.write_without(*case, kind, "skipped", reason, process)
+                progress.line(f"not run: {reason}")
+                return
+            target.unlink(missing_ok=True)  # an older, finished result must not stand for this run
+            if scratch.exists():
+                results.write_text(failed, results.clean(scratch.read_text(encoding="utf-8")))
+            if kind:
+                results.write_without(*case, kind, "failed", reason, process)
+            where = f"; see {results.clean(str(failed))}" if failed.exists() else ""
+            progress.line(f"FAILED: {reason}{where}")
+            raise SystemExit(1) from None
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def _execute(source: Path, target: Path, given: dict, progress: _Progress) -> None:
+    import papermill
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # every key that a notebook's parameters cell does not name
+    os.environ["JUPYTER_PATH"] = os.pathsep.join([str(_kernels()), os.environ.get("JUPYTER_PATH", "")])
+    papermill.execute_notebook(
+        str(source), str(target), parameters=given, cwd=str(source.parent), progress_bar=False, stdout_file=progress,
+        stderr_file=None, kernel_name="python3", request_save_on_cell_execute=True, autosave_cell_every=0,
+        extra_arguments=["--IPKernelApp.log_level=50"],
+    )  # fmt: skip
+
+
+def _kernels() -> Path:
+    """A Jupyter path whose python3 is this interpreter, ahead of any kernel that the user has installed under that name."""
+    home = CACHE / "jupyter"
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel = {"argv": command, "display_name": "Python 3", "language": "python"}
+    results.write_json(home / "kernels" / "python3" / "kernel.json", kernel)
+    return home
+
+
+@contextlib.contextmanager
+def _only(target: Path):
+    """Two runs of one notebook would overwrite each other. Raises SystemExit if another process makes `target` now."""
+    with open(target.with_name(f".{target.name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"{results.clean(str(target))}: another run makes it now; wait for that one") from None
+        yield
 
 
 def render(source: Path, target: Path) -> None:
@@ -135,18 +172,35 @@ def render(source: Path, target: Path) -> None:
     print(f"{target.relative_to(ROOT) if target.is_relative_to(ROOT) else target}: open it in a browser")
 
 
+def check(study: str, configurations: list[str]) -> None:
+    """Parameters are right, and what looks finished is: a notebook that was cut off, or comes from the future, is made again."""
+    params.read_study(study)
+    for name in configurations or params.configurations(study):
+        params.read_configuration(study, name)
+    for path in (ROOT / "executed" / study).rglob("*.ipynb"):
+        if path.stem.endswith(".failed") or path.stem.rsplit(".", 1)[-1].isdigit():
+            continue
+        if not path.read_bytes().rstrip().endswith(b"}"):
+            print(f"{results.clean(str(path))}: was cut off; it is made again")
+            path.unlink()
+        elif path.stat().st_mtime > time.time() + 60:
+            print(f"{results.clean(str(path))}: dated in the future, which Make takes for fresh; made again")
+            path.unlink()
+
+
 def status(study: str, configurations: list[str]) -> None:
     """Print what Make would do: fresh, stale, failed or missing, per notebook and configuration."""
     out = Path("executed") / study
-    rows = [("00_setup", [""]), *((n, configurations) for n in ("01_evaluate", "02_benchmark", "03_fidelity"))]
-    rows += [("04_analysis", [""]), ("05_figures", [""]), ("report", [""])]
-    width = max(map(len, [*configurations, "study"])) + 2
-    print(f"{'':14}" + "".join(f"{c:{width}}" for c in [*configurations, "study"]))
+    more = sorted({p.stem for p in (ROOT / out).glob("*/02_benchmark_*.ipynb") if p.stem[-1].isdigit()})
+    rows = [(name, configurations if name in PER_CONFIGURATION else [""]) for name in KINDS]
+    rows[3:3] = [(name, configurations) for name in more]
+    rows.append(("report", [""]))
+    width = max(map(len, [*configurations, "missing"])) + 2
+    print(f"{'':16}" + "".join(f"{c:{width}}" for c in [*configurations, "study"]))
     for name, columns in rows:
-        if name != "report" and not (ROOT / "notebooks" / f"{name}.ipynb").exists():
-            continue
-        cells = {c: _state(out / c / (f"{name}.ipynb" if name != "report" else "report.html"), study) for c in columns}
-        print(f"{name:14}" + "".join(f"{cells.get(c, ''):{width}}" for c in [*configurations, ""]))
+        file = f"{name}.ipynb" if name != "report" else "report.html"
+        cells = {c: _state(out / c / file, study) for c in columns}
+        print(f"{name:16}" + "".join(f"{cells.get(c, ''):{width}}" for c in [*configurations, ""]))
 
 
 def _state(target: Path, study: str) -> str:
@@ -168,12 +222,13 @@ def main() -> None:
     two = commands.add_parser("render")
     two.add_argument("source", type=Path)
     two.add_argument("target", type=Path)
-    three = commands.add_parser("status")
-    three.add_argument("study")
-    three.add_argument("configurations", nargs="*")
+    for name in ("status", "check"):
+        three = commands.add_parser(name)
+        three.add_argument("study")
+        three.add_argument("configurations", nargs="*")
     given = vars(parser.parse_args())
     try:
-        {"run": run, "render": render, "status": status}[given.pop("command")](**given)
+        {"run": run, "render": render, "status": status, "check": check}[given.pop("command")](**given)
     except StudyError as error:
         raise SystemExit(str(error)) from None
 

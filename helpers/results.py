@@ -68,7 +68,9 @@ class Result(BaseModel):
 def clean(text: str) -> str:
     """Text without tokens and without paths of this machine."""
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_***", text)
-    return text.replace(f"{ROOT}/", "").replace(str(ROOT), ".").replace(str(Path.home()), "~")
+    text = text.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
+    home = os.environ.get("HOME", "")  # Path.home() raises for a user without an entry
+    return text.replace(home, "~") if len(home) > 1 else text
 
 
 def _git(*arguments: str) -> str | None:

@@ -17,7 +17,7 @@ def result(project, name, kind):
 
 def test_run_all_resumes_repeats_nothing_and_keeps_good_configurations_beside_a_failing_one(project, make):
     bad = (
-        (project / "params/tiny/nf4.yaml")
+        (project / "params/formats/nf4.yaml")
         .read_text()
         .replace("configuration: nf4", "configuration: bad")
         .replace("label: NF4", "label: Bad")
@@ -57,12 +57,14 @@ def test_run_all_resumes_repeats_nothing_and_keeps_good_configurations_beside_a_
 
     first = result(project, "fp16", "benchmark")
     assert make("again", "CONFIGS=fp16").returncode == 0
-    assert (
-        result(project, "fp16", "benchmark") == first and result(project, "again/fp16", "benchmark")["status"] == "ok"
-    )
-    assert "Medians measured twice" in (project / "executed/tiny/report.html").read_text()
+    assert result(project, "fp16", "benchmark") == first and result(project, "fp16", "benchmark_2")["status"] == "ok"
 
-    (project / "params/tiny/nf4.yaml").write_text((project / "params/tiny/nf4.yaml").read_text() + "\n# touched\n")
+    (project / "executed/tiny/nf4/evaluation.json").unlink()
+    repaired = make("measure")
+    assert repaired.returncode == 0 and "nf4/01_evaluate" in repaired.stdout and "fp16/" not in repaired.stdout
+    assert result(project, "nf4", "evaluation")["status"] == "ok"
+
+    shutil.copy(project / "params/formats/nf4.yaml", project / "params/tiny/nf4.yaml")
     planned = make("-n", "measure").stdout
     assert "nf4/01_evaluate" in planned and "fp16/" not in planned
 
@@ -88,10 +90,32 @@ def test_a_killed_run_leaves_nothing_that_looks_done(project):
 
 
 def test_a_wrong_parameter_stops_before_anything_is_computed(project, make):
-    (project / "params/tiny/nf4.yaml").write_text(
-        (project / "params/tiny/nf4.yaml").read_text().replace("double_quant", "double_qaunt")
-    )
+    path = project / "params/formats/nf4.yaml"
+    path.write_text(path.read_text().replace("double_quant", "double_qaunt"))
     done = make("run-all")
     assert done.returncode != 0
-    assert "params/tiny/nf4.yaml: unknown key 'quantization.double_qaunt'; did you mean 'double_quant'?" in done.stdout
-    assert not (project / "executed").exists()
+    assert (
+        "params/formats/nf4.yaml: unknown key 'quantization.double_qaunt'; did you mean 'double_quant'?" in done.stdout
+    )
+    assert not list((project / "executed").rglob("*.json"))
+
+
+def test_clean_removes_a_study_of_its_own_and_nothing_else(project, make):
+    (project / "executed/tiny").mkdir(parents=True)
+    (project / "executed/reference").mkdir()
+    for wrong in ("STUDY=", "STUDY=reference/", "STUDY=../params", "STUDY=reference", "RESULTS=executed/reference"):
+        done = make("clean", wrong)
+        assert done.returncode != 0 and "removes one study's own results" in done.stdout
+    assert (project / "executed/reference").is_dir() and (project / "params/formats").is_dir()
+    assert make("clean").returncode == 0 and not (project / "executed/tiny").exists()
+
+
+def test_what_was_cut_off_is_made_again(project):
+    cut, whole = project / "executed/tiny/04_analysis.ipynb", project / "executed/tiny/nf4/01_evaluate.ipynb"
+    for path, text in ((cut, '{"cells": ['), (whole, '{"cells": []}')):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.notebook", "check", "tiny"], cwd=project, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "was cut off" in done.stdout and not cut.exists() and whole.exists()

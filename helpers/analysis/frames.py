@@ -15,9 +15,9 @@ configurations  index: configuration, in the order of every table and figure, fu
                 precision's), kernel, quantized_share and bits_per_weight (of the linear layers), evaluation,
                 benchmark, fidelity (ok, failed, skipped or None), reason
 samples         a row per configuration and question that all configurations answered: data_set, dialogue, turn,
-                last_turn, domain, question, references, prediction (what the metric reads), f1, em (both 0 to 1),
-                right (em of at least one half), answer_tokens, hit_limit, truncated, kl (mean over the reference
-                answer's tokens, nats)
+                last_turn, domain, question, references, prediction (what the metric reads; its hash in results
+                without texts), f1, em (both 0 to 1), right (em of at least one half), answer_tokens, hit_limit,
+                truncated, kl (mean over the reference answer's tokens, nats)
 scores          lm-eval's own aggregates: configuration, task, metric, value, stderr, questions
 times           configuration, process, phase (prefill, decode, first token), mode (eager, cuda_graph, compile),
                 batch, tokens (prompt or context), ms (median of one prefill, or per output token), q25, q75, n,
@@ -231,9 +231,9 @@ def _configurations(finished: dict, data: dict) -> pd.DataFrame:
 
 
 def prediction(row: dict) -> str | None:
-    """What CoQA's metric reads of an answer: its first line that is not blank."""
+    """What CoQA's metric reads of an answer: its first line that is not blank; its hash in results without texts."""
     answer = row.get("filtered_resps")
-    return answer[0].strip().split("\n")[0] if answer else None
+    return answer[0].strip().split("\n")[0] if answer else row.get("answer_sha256")
 
 
 def _samples(study: Study, evaluations: dict, fidelity: dict) -> pd.DataFrame:

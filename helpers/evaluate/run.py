@@ -1,4 +1,4 @@
-"""One configuration's answers: lm-eval's `simple_evaluate` over every turn of every dialogue, and over any further lm-eval tasks.
+"""One configuration's answers: lm-eval over every turn of every dialogue, and over any further tasks of lm-eval's.
 
     found = evaluation.evaluate(study, configuration, loaded)
     evaluation.save(study, configuration, found)
@@ -6,9 +6,9 @@
 The stock `coqa` score is the last-turn subset of the same samples; it is reported beside the score of all turns.
 """
 
+import hashlib
 import sys
 import time
-from pathlib import Path
 
 import psutil
 from lm_eval import simple_evaluate
@@ -25,7 +25,7 @@ LAST_TURNS = "coqa_last_turns"
 
 
 def model(study: Study, loaded: Loaded) -> HFDialogue:
-    """The loaded model as lm-eval sees it. Only CoQA's own metric is asked for, so a row may stop at the end of its answer line."""
+    """The loaded model as lm-eval sees it. CoQA's metric reads one line, so a row may stop at the end of its line."""
     settings = study.evaluation
     batch = (
         {"batch_size": settings.batch_size, "max_slots": settings.batch_size}
@@ -36,14 +36,15 @@ def model(study: Study, loaded: Loaded) -> HFDialogue:
 
 
 def evaluate(study: Study, loaded: Loaded, lm: HFDialogue | None = None) -> dict:
-    """Put every question to the model. Returns lm-eval's results, with `samples`, and `seconds` (loading excluded), `engine`.
+    """Put every question to the model. Returns lm-eval's results with `samples`, `seconds` (without loading), `engine`.
 
     Raises StudyError if a further task's name is unknown to lm-eval.
     """
     lm = lm or model(study, loaded)
     metadata = {"source": study.data.source, "dialogues": study.data.dialogues, "revision": study.data.revision}
     # lm-eval's own tasks are some 10,000 files to look through, for seconds: only where one of them is wanted.
-    manager = TaskManager(include_path=str(TASKS), include_defaults=bool(study.evaluation.tasks), metadata=metadata)
+    paths = [str(TASKS), *filter(None, [getattr(study.evaluation, "include_path", None)])]
+    manager = TaskManager(include_path=paths, include_defaults=bool(study.evaluation.tasks), metadata=metadata)
     common = {
         "model": lm,
         "task_manager": manager,
@@ -76,6 +77,22 @@ def last_turns(samples: list[dict]) -> list[dict]:
     return [row for row in samples if row["doc"]["last_turn"]]
 
 
+def measure_answers(samples: list[dict], tokenizer, limit: int) -> None:
+    """Add to each sample answer_tokens (of its first line, which is scored) and hit_limit (no end within `limit`)."""
+    for row in samples:
+        answer = row["resps"][0][0]
+        row["answer_tokens"] = len(tokenizer(answer, add_special_tokens=False).input_ids)
+        row["hit_limit"] = row["answer_tokens"] >= limit
+
+
+def without_texts(row: dict) -> dict:
+    """A sample for results that may not hold their data's texts: ids, scores, lengths, and a hash of the answer."""
+    doc = {key: row["doc"].get(key) for key in ("id", "data_set", "source", "turn", "last_turn")}
+    kept = {key: value for key, value in row.items() if isinstance(value, (bool, int, float)) or key == "doc_hash"}
+    line = row["filtered_resps"][0].strip().split("\n")[0]
+    return kept | {"doc": doc, "answer_sha256": hashlib.sha256(line.encode()).hexdigest()}
+
+
 def mean(samples: list[dict], metric: str) -> float:
     return sum(row[metric] for row in samples) / len(samples)
 
@@ -89,9 +106,11 @@ def save(study: Study, configuration: Configuration, loaded: Loaded, found: dict
     """Write samples and results in lm-eval's formats, and this project's evaluation.json."""
     folder = results.path(study, configuration, "evaluation").parent
     tasks, files = {}, {}
+    measure_answers(found["samples"][DIALOGUES], loaded.tokenizer, study.evaluation.max_gen_toks)
     for name, samples in found["samples"].items():
         file = f"samples_{name}.jsonl"
-        files[file] = results.write_lines(folder / file, samples)
+        kept = samples if getattr(study.evaluation, "samples_text", True) else list(map(without_texts, samples))
+        files[file] = results.write_lines(folder / file, kept)
         tasks[name] = _scores(found["results"][name]) | {"samples": file, "questions": len(samples)}
     samples = found["samples"][DIALOGUES]
     last = last_turns(samples)

@@ -9,10 +9,10 @@ STUDY ?= smollm2-135m
 # What starts a notebook, such as RUN="srun --gpus=1"; with make -j the notebooks are then scheduled elsewhere.
 RUN ?=
 STUDY_FILE := params/$(STUDY)/study.yaml
-comma := ,
 key = $(shell sed -n 's/^ *$(1): *\[\{0,1\}\([^]\#]*\).*/\1/p' $(STUDY_FILE) 2>/dev/null | head -n 1)
 # A study has the formats that it names (none named: all), and its own files.
-FORMATS := $(or $(subst $(comma),,$(call key,formats)),$(basename $(notdir $(wildcard params/formats/*.yaml))))
+named := $(shell awk '/^formats:/{f=1; sub(/^formats:/,"")} f && /^[a-z]/{exit} f{gsub(/\#.*|[][,]/," "); sub(/^ *- /," "); print}' $(STUDY_FILE) 2>/dev/null)
+FORMATS := $(or $(named),$(basename $(notdir $(wildcard params/formats/*.yaml))))
 ALL_CONFIGS := $(sort $(FORMATS) $(filter-out study,$(basename $(notdir $(wildcard params/$(STUDY)/*.yaml)))))
 CONFIGS ?= $(ALL_CONFIGS)
 # A time is the median of so many processes, each with a notebook of its own: one says nothing about the next.

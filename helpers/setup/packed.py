@@ -122,7 +122,7 @@ class Int4Linear(torch.nn.Linear):
             values.copy_(tiles.view(rows, columns, 8, INPUTS).transpose(1, 2))
             values = values.view(rows * 8, columns * INPUTS).sub_(8)
         grouped = values.reshape(values.shape[0], -1, self.group)
-        weight = torch.addcmul(zero, grouped, scale).view(values.shape)
+        weight = torch.addcmul(zero, grouped, scale).reshape(values.shape)
         return weight[: self.out_features, : self.in_features]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

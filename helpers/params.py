@@ -93,8 +93,8 @@ class CPUSizes(Sizes):
 
 
 class GPUSizes(Sizes):
-    prefill_tokens: list[Positive] = [128, 256, 512, 1024, 2048, 4096]
-    batch_sizes: list[Positive] = [1, 4, 8, 16, 32, 64]
+    prefill_tokens: list[Positive] = [128, 256, 512, 1024, 4096]
+    batch_sizes: list[Positive] = [1, 4, 8, 64]
     contexts: list[Positive] = [4096]
     decode_tokens: Positive = 64
     repeats: Annotated[int, Field(ge=3)] = 10

@@ -60,6 +60,7 @@ class Bench(NamedTuple):
     before: dict  # conditions
     began: float  # time.perf_counter()
     unmeasured: str | None  # why no times are measured
+    times_only: bool = False  # a further process: energy, profile and largest batch do not need three
 
     @property
     def model(self):
@@ -107,9 +108,9 @@ def _kv_bytes(model, seed: int) -> float:
 # ---- memory ----
 
 
-def load(study, configuration) -> Bench:
-    """Load the model, keep what that took, and find what the hardware can do. Raises StudyError or NotHere if the
-    weights can't be had."""
+def load(study, configuration, process: int = 1) -> Bench:
+    """Load the model, keep what that took, and find what the hardware can do; processes after the first measure times
+    only. Raises StudyError or NotHere if the weights can't be had."""
     began = time.perf_counter()
     own_compile_cache()
     device = device_and_dtype(configuration.dtype)[0]
@@ -142,7 +143,7 @@ def load(study, configuration) -> Bench:
         held = {key: value if key == "checkpoint_mb" else None for key, value in held.items()}
         held["peak_reason"] = UNPACKED
     sizes = getattr(study.benchmark, device.type)
-    return ready(loaded, sizes, study.seed, held, began, unmeasured)
+    return ready(loaded, sizes, study.seed, held, began, unmeasured)._replace(times_only=process > 1)
 
 
 def ready(loaded: models.Loaded, sizes, seed: int, held: dict, began: float, unmeasured: str | None = None) -> Bench:
@@ -278,6 +279,9 @@ def decode(bench: Bench, mode: str, progress=print) -> dict:
     found, expected = blank(), 0.0
     for batch, context in cells(bench):
         what = f"decode at batch {batch}, {context} tokens of context, {mode}"
+        if mode == "compile" and context != bench.sizes.prompt_tokens:
+            found["left_out"].append({"what": what, "reason": "a long context is measured without compiling for it"})
+            continue
         if mode != "eager" and time.perf_counter() + expected > bench.deadline - CAPACITY_SECONDS:
             reason = f"building it takes some {expected:.0f} s, and the time for this notebook was over"
             found["left_out"].append({"what": what, "reason": reason})
@@ -349,12 +353,14 @@ def _decoder_cell(bench: Bench, mode: str, batch: int, context: int, found: dict
 
 
 def _measure_energy(bench: Bench, mode: str, batch: int, run, tokens: int, found: dict) -> None:
-    if conditions.energy_reason(bench.device) is None:
+    if conditions.energy_reason(bench.device) is None and not bench.times_only:
         with attempt(found, f"energy at batch {batch}, {mode}"):
             found["energy"].append(energy_row(mode, batch, run, tokens, bench.device, mode == "eager"))
 
 
 def _profile(bench: Bench, mode: str, batch: int, function, steps: int, found: dict) -> None:
+    if bench.times_only:
+        return
     wall = found["decode"][-1]["median_ms_per_token"]
     rows = roofline.profile(function, bench.device, wall, steps, roofline.matmul_bytes(bench.model))
     found["profile"].extend({"mode": mode, "batch": batch, **row} for row in rows)

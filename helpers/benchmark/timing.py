@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 LEAST_REPEATS = 3
-CELL_SECONDS = {"cpu": 2.0, "cuda": 3.0}  # for one cell of a table, LEAST_REPEATS aside
+CELL_SECONDS = {"cpu": 2.0, "cuda": 1.5}  # for one cell of a table, LEAST_REPEATS aside
 DRIFT = 1.2
 
 

@@ -112,7 +112,9 @@ def _float8_kernel(options, device, dtype):
 
 def _calibrated_kernel(options, device, dtype):
     why = packed.obstacle(options.group_size, device, dtype)
-    return f"no 4-bit kernel here ({why}): unpacked to {dtype}, then as full precision (torch)" if why else packed.KERNEL
+    return (
+        f"no 4-bit kernel here ({why}): unpacked to {dtype}, then as full precision (torch)" if why else packed.KERNEL
+    )
 
 
 METHODS = {

@@ -6,13 +6,12 @@ Each function returns sentences of plain text (a list, unless it says otherwise)
 import numpy as np
 import pandas as pd
 
-from helpers.analysis import contrasts
+from helpers.analysis import contrasts, durations
 from helpers.analysis import power as sample
 from helpers.analysis.frames import MODES, Frames
 from helpers.analysis.style import interval, number, percent, points, times
 
 COSTS = {"below": "costs accuracy", "above": "gains accuracy"}
-LEAST_PROCESSES = 3  # with fewer, a difference of times may be the process's own
 
 
 def listed(names) -> str:
@@ -127,7 +126,7 @@ def limitations(f: Frames, paper: dict) -> list[str]:
                 "Greedy answers scored by word overlap with references; a right answer in other words counts little."
             )
     few = f.times.groupby("configuration").process.nunique() if len(f.times) else pd.Series(dtype=int)
-    if len(few) and few.min() < LEAST_PROCESSES:
+    if len(few) and few.min() < durations.LEAST_PROCESSES:
         said.append(f"Times from {few.min()} process{'es' if few.min() > 1 else ''} at the least: they order nothing.")
     if len(f.times):
         said.append(
@@ -211,7 +210,10 @@ def speed(f: Frames, ratios: pd.DataFrame) -> list[str]:
     ends = rows.iloc[[0, -1]] if len(rows) > 1 else rows
     parts = [f"{times(row.ratio)} {spread(row)} at batch {row.batch}" for row in ends.itertuples()]
     few = int(rows.processes.min())
-    caution = "" if few >= LEAST_PROCESSES else f" From {few} process{'es' if few > 1 else ''}: no verdict on speed."
+    caution = f" From {few} process{'es' * (few > 1)}: no verdict on speed."
+    if few >= durations.LEAST_PROCESSES:
+        judged = [f"{verdict} at batch {batch}" for verdict, batch in zip(durations.verdicts(ends), ends.batch)]
+        caution = f" Verdict: {listed(judged)}."
     return [
         f"One decode step with NF4 takes {listed(parts)} of {f.label(f.full)}'s time "
         f"({MODES[mode]}, {device(f)}).{caution}"

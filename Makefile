@@ -73,7 +73,7 @@ endif
 
 # ---- the study ----
 
-.PHONY: run-all measure again report report-pdf figures check
+.PHONY: run-all measure again report report-pdf samples llm-comparator gate compare figures check
 run-all: check ## run the whole study: evaluate, benchmark, compare, report (what is fresh is not run again)
 	@result=0; $(MAKE) -k --no-print-directory measure || result=$$?; \
 	$(MAKE) -k --no-print-directory report figures || result=$$?; \
@@ -123,6 +123,23 @@ CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome c
 report-pdf: $(OUT)/report.html ## print the report as a PDF (needs Chromium or Chrome)
 	@$(CHROMIUM) --headless --no-sandbox --no-pdf-header-footer --print-to-pdf=$(OUT)/report.pdf $(abspath $<) 2>/dev/null \
 	  && echo "$(OUT)/report.pdf" || { echo "$(CHROMIUM): cannot print; install Chromium, or name it with CHROMIUM=..." >&2; exit 1; }
+
+samples: $(OUT)/samples.html ## a page of every answer: two configurations side by side, filters, stories
+
+$(OUT)/samples.html: $(RESULT_FILES) $(ANALYSIS) $(wildcard notebooks/template/*) | $(ENV)
+	@$(PY) -m helpers.analysis.samples $(OUT)
+
+A ?= fp16
+B ?= nf4
+llm-comparator: $(ENV) ## answers of A and B as a file for Google PAIR's LLM Comparator (A=fp16 B=nf4)
+	@$(PY) -m helpers.analysis.samples $(OUT) --pair $(A) $(B)
+
+CONFIG ?= nf4
+gate: $(ENV) ## may CONFIG=nf4 replace full precision? LEAST_RECOVERY=95 (per cent) and LARGEST_LOSS=2 (points)
+	@$(PY) -m helpers.analysis.gate $(OUT) $(CONFIG) $(addprefix --least-recovery ,$(LEAST_RECOVERY)) $(addprefix --largest-loss ,$(LARGEST_LOSS))
+
+compare: $(ENV) ## one page over several studies: does the finding survive? (STUDIES="a b c": names or folders)
+	@$(PY) -m helpers.analysis.compare $(STUDIES)
 
 figures: $(OUT)/05_figures.ipynb ## draw every figure as PNG and SVG under figures/STUDY
 

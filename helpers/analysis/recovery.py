@@ -89,7 +89,8 @@ def pooled(estimates, standard_errors, *, confidence: float) -> dict:
     errors = statistics.number_array(standard_errors, "standard_errors", effects.size)
     if effects.size < 2 or (errors <= 0).any():
         raise StudyError("pooled: at least two data sets with a standard error above 0 are needed")
-    result = combine_effects(effects, errors**2, method_re="iterated", use_t=True)
+    with np.errstate(divide="ignore"):  # I2 of equal estimates
+        result = combine_effects(effects, errors**2, method_re="iterated", use_t=True)
     # never shorter than the fixed-effect error, as the plain Hartung-Knapp interval can be with few data sets
     error = max(result.sd_eff_w_re_hksj, result.sd_eff_w_re)
     half = stats.t.ppf((1 + confidence) / 2, effects.size - 1) * error
@@ -100,6 +101,6 @@ def pooled(estimates, standard_errors, *, confidence: float) -> dict:
         "ci_high": float(result.mean_effect_re + half),
         "q": float(result.q),
         "q_p": float(stats.chi2.sf(result.q, effects.size - 1)),
-        "i2": float(max(0, 100 * result.i2)),
+        "i2": float(max(0, 100 * result.i2)) if result.q > 0 else 0.0,
         "tau": float(math.sqrt(max(0, result.tau2))),
     }

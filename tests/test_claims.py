@@ -32,6 +32,7 @@ def spec() -> dict:
         "sizes": {"fp16": (2357.13, 2358.13), "nf4": (965.13, 965.2), "fp4": (965.13, 965.2)},
         "tensors": {},
         "errors": {"nf4": 0.0080, "lloyd_max": 0.00795, "gaussian_lloyd_max": 0.00800, "int8": 0.0001},
+        "distances": [0.001] * 10,  # of layers of a million weights; chance alone reaches 0.0014
         "dtype": "torch.float8_e4m3fn",
         "levels": np.linspace(-1, 1, 16).tolist(),
         "perturbed": [(-0.02, -0.01, 0.01, 0.03)] * 3,  # ln ratio low, high, F1 low, high
@@ -107,6 +108,9 @@ def frames(made: dict) -> Frames:
             largest, columns=["configuration", "process", "budget_gib", "batch", "tokens_per_second"]
         ),
         "formats": pd.DataFrame({"relative_squared_error": made["errors"], "dtype": {"int8": made["dtype"]}}),
+        "layers": pd.DataFrame(
+            [{"layer": f"l{i}", "weights": 1_000_000, "ks_distance": d} for i, d in enumerate(made["distances"])]
+        ),
         "noise": pd.DataFrame(noise),
         "runs": pd.DataFrame([run]),
         "weights": {"weights": {"codebooks": {"fp4": {"levels": made["levels"]}}}} if made["levels"] else {},
@@ -205,7 +209,10 @@ FLIPS = [
     ("fp4_is_uniform", {"levels": None}, OPEN),
     ("nf4_is_optimal", error(nf4=0.0090), FAILS),
     ("nf4_is_optimal", error(lloyd_max=np.nan), OPEN),
-    ("weights_are_normal", error(gaussian_lloyd_max=0.0090), FAILS),
+    ("weights_are_normal", {"distances": [0.01] * 10}, FAILS),
+    ("weights_are_normal", {"distances": [0.001] * 7 + [0.01] * 3}, OPEN),
+    ("weights_are_normal", {"distances": [0.001] * 9 + [0.01]}, HOLDS),
+    ("weights_are_normal", {"distances": []}, OPEN),
     ("noise_helps", {"perturbed": [(0.05, 0.1, -0.03, -0.01)]}, FAILS),
     ("noise_helps", {"perturbed": [(0.05, 0.1, -0.03, 0.03)]}, FAILS),
     ("noise_helps", {"perturbed": [(0.05, 0.1, 0.01, 0.03)]}, OPEN),  # perplexity and F1 disagree
@@ -233,7 +240,16 @@ def test_every_claim_can_fail():
 
 
 def test_nothing_measured_decides_nothing_and_says_so():
-    none = {"gains": {}, "prefill": {}, "decode": {}, "rates": {}, "sizes": {}, "errors": {}, "dtype": None}
+    none = {
+        "gains": {},
+        "prefill": {},
+        "decode": {},
+        "rates": {},
+        "sizes": {},
+        "errors": {},
+        "dtype": None,
+        "distances": [],
+    }
     rows = judged(spec() | none | {"levels": None, "perturbed": [], "int8": ("skipped", "no room", None)})
     assert set(rows.verdict) == {OPEN} and set(rows.kind) == {"not testable here"}
     assert rows.evidence.str.contains("not").all()

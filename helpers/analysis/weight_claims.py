@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from helpers.analysis.evidence import FAILS, HOLDS, OPEN, Facts, NotMeasured, Verdict
 from helpers.analysis.style import number, percent, points, times
@@ -64,16 +65,23 @@ def nf4_is_optimal(facts):
 
 
 def weights_are_normal(facts):
-    """No cut on a distance: what the claim is for is that levels made for a normal distribution suit these weights."""
-    gaussian, best = _errors(facts, "gaussian_lloyd_max", "lloyd_max")
-    text = f"16 levels made for a normal distribution cost {percent(gaussian / best - 1, signed=True)} error"
-    text += " on the best 16 for these weights"
+    """Is a layer farther from normal than its number of weights explains? What that costs NF4's levels is told."""
     layers = facts.f.layers.drop_duplicates("layer") if len(facts.f.layers) else facts.f.layers
-    distances = layers.ks_distance.dropna() if len(layers) else pd.Series(dtype=float)
-    if len(distances):
-        near = ", ".join(f"{percent((distances <= d).mean(), 0)} at {d:g}" for d in DISTANCES)
-        text += f"; layers within a Kolmogorov-Smirnov distance: {near} (median {number(distances.median(), 3)})"
-    return Verdict(HOLDS if gaussian <= best * OPTIMAL else FAILS, text)
+    layers = layers[layers.ks_distance.notna()] if len(layers) else layers
+    if not len(layers):
+        raise NotMeasured("the layers' distance from a normal distribution was not measured in this study")
+    distances, confidence = layers.ks_distance, facts.f.study.statistics.confidence
+    by_chance = stats.kstwobign.ppf(confidence) / np.sqrt(layers.weights)
+    off = float((distances > by_chance).mean())
+    near = ", ".join(f"{percent((distances <= d).mean(), 0)} at {d:g}" for d in DISTANCES)
+    text = f"{percent(off, 0)} of {len(layers)} layers are farther from normal than chance (Kolmogorov-Smirnov, "
+    text += f"{percent(confidence, 0)}); within a distance: {near} (median {number(distances.median(), 3)})"
+    try:
+        gaussian, best = _errors(facts, "gaussian_lloyd_max", "lloyd_max")
+        text += f"; 16 levels made for a normal distribution cost {percent(gaussian / best - 1, signed=True)} error"
+    except NotMeasured as missing:
+        text += f"; {missing}"
+    return Verdict(FAILS if off > 0.5 else HOLDS if off <= 2 * (1 - confidence) else OPEN, text)
 
 
 def int8_cannot_run(facts):

@@ -102,7 +102,7 @@ ifneq ($(HAS_DATA),)
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,01_evaluate,01_evaluate,$(c),evaluation,$(EVALUATE))))
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,03_fidelity,03_fidelity,$(c),fidelity,$(FIDELITY))))
 measure: $(OUT)/03_weights.ipynb
-$(OUT)/03_weights.ipynb $(OUT)/weights.json &: notebooks/03_weights.ipynb $(STUDY_FILE) $(OUT)/00_setup.ipynb $(FIDELITY)
+$(OUT)/03_weights.ipynb $(OUT)/weights.json &: notebooks/03_weights.ipynb $(STUDY_FILE) $(OUT)/00_setup.ipynb $(FIDELITY) $(EVALUATE)
 	@$(RUN) $(NB) run notebooks/03_weights.ipynb "$(OUT)/03_weights.ipynb" -f $(STUDY_FILE)
 endif
 

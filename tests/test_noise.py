@@ -18,22 +18,21 @@ OPTIONS = {"confidence": 0.95, "resamples": 200, "seed": 1}
 BLOCKS = 4
 
 
-@pytest.fixture(scope="module")
-def whole(load):
-    return load("fp16").model
-
-
-@pytest.fixture(scope="module")
-def model(whole):
-    """The embedded model's first blocks, with its embedding and output layer."""
+def beginning(whole) -> torch.nn.Module:
+    """A model's first blocks, with its embedding and output layer."""
     config = copy.deepcopy(whole.config)
     config.num_hidden_layers, config.layer_types = BLOCKS, None
     with torch.device("meta"):
-        small = type(whole)(config).eval()
+        model = type(whole)(config).eval()
     for name in ("embed_tokens", "norm", "rotary_emb"):
-        setattr(small.model, name, getattr(whole.model, name))
-    small.model.layers, small.lm_head = whole.model.layers[:BLOCKS], whole.lm_head
-    return small
+        setattr(model.model, name, getattr(whole.model, name))
+    model.model.layers, model.lm_head = whole.model.layers[:BLOCKS], whole.lm_head
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(load):
+    return beginning(load("fp16").model)
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +111,12 @@ def test_noise(model, short):
     assert found["nf4"]["f1"]["difference"] == pytest.approx(-0.1) and found["nf4"]["f1"]["ci_low"] is None
 
 
-def test_nf4_swapped_in_is_the_nf4_configuration(whole, load, short):
+def test_nf4_swapped_in_is_the_nf4_configuration(model, load, short):
     """The dequantized weights in the full-precision model predict as bitsandbytes' own layers do."""
-    with perturb.swapped(whole, perturb.nf4(whole)):
-        ours = texts.nll_sums(whole, short)
-    theirs = texts.nll_sums(load("nf4").model, short)
-    assert ours[0][0] == pytest.approx(theirs[0][0], rel=2e-3)  # bfloat16 on some CPUs
+    quantized = beginning(load("nf4").model)
+    with perturb.swapped(model, perturb.nf4(model)):
+        ours = texts.nll_sums(model, short)
+    assert ours[0][0] == pytest.approx(texts.nll_sums(quantized, short)[0][0], rel=2e-3)  # bfloat16 on some CPUs
 
 
 def test_a_score_of_other_questions_is_an_error(model, short):

@@ -14,10 +14,8 @@ from helpers.fidelity import formats as weights
 from helpers.setup.layers import dequantize, linear_layers, repacked
 
 
-@pytest.fixture(scope="module")
-def two_layers(load):
-    """A model with few linear layers: two of the embedded model's own blocks' projections, of different width."""
-    model = load("fp16").model
+def small(model) -> torch.nn.Module:
+    """A model with few linear layers: two projections of different width, and an output layer."""
 
     class Small(torch.nn.Module):
         def __init__(self):
@@ -29,6 +27,11 @@ def two_layers(load):
             return self.head
 
     return Small()
+
+
+@pytest.fixture(scope="module")
+def two_layers(load):
+    return small(load("fp16").model)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +134,7 @@ def test_the_identity_agrees_with_bitsandbytes(load):
 
 
 def test_own_error_is_the_error_of_every_weight(load):
-    full, quantized = load("fp16").model, load("nf4").model
+    full, quantized = small(load("fp16").model), small(load("nf4").model)
     configuration = params.read_configuration("smollm2-135m", "nf4")
     own = weights.own_error(full, quantized, configuration)
     layers = linear_layers(full)

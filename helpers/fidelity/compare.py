@@ -17,8 +17,6 @@ batches of another shape, and with every weight moved by no more than its dtype'
 
 import hashlib
 import itertools
-import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -29,7 +27,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from helpers import CACHE, StudyError, ranks, statistics
+from helpers import CACHE, StudyError, ranks, results, statistics
 from helpers.fidelity import formats, perturb
 from helpers.fidelity.texts import (
     WINDOWS,
@@ -54,7 +52,7 @@ SUMS = ("nll_full", "nll", "kl", "agreement")
 FLOOR_BATCH = 4
 FLOOR_DIALOGUES = {"cpu": 3, "cuda": 100}
 SPARE_BYTES = 3 * 2**29  # what comparing needs beside the models
-ROWS = {"cpu": 8, "cuda": 2048}  # positions in float64 at once: on a CPU they have to stay in the cache
+ROWS = {"cpu": 4, "cuda": 2048}  # positions in float64 at once: on a CPU they have to stay in the cache
 
 
 def compare(study: Study, configuration: Configuration, dialogues: list[dict], progress=None) -> dict:
@@ -94,8 +92,9 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
     options = {"confidence": study.statistics.confidence, "resamples": study.statistics.resamples, "seed": study.seed}
     found = summarize(texts, rows, options)
     if some:
-        rows = _compare_all(some, before_some, head, model, before_some if itself else None, clock, None)
-        parts = file_summary(some, rows, len(parts), options)
+        same = before_some if itself else None
+        rows = or_reason(_compare_all, some, before_some, head, model, same, clock, None)
+        parts = file_summary(some, rows, len(parts), options) if isinstance(rows, list) else rows
     return found | {
         "left_out": left_out,
         "baseline": {"dtype": dtype, "device": device, "from_cache": cached},
@@ -114,7 +113,7 @@ def or_reason(part, *arguments, **named):
     except StudyError as error:
         return {"reason": str(error)}
     except Exception as error:  # an optional part never takes with it what is already computed
-        return {"reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"}
+        return {"reason": results.clean(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")}
 
 
 def full_precision(configuration: Configuration) -> Configuration:
@@ -168,14 +167,12 @@ def reference(study: Study, full, texts: list[Text], part: str) -> tuple[list[to
     except (OSError, SafetensorError):  # not there, or not whole
         states = [hidden_states(full.model, [text])[0] for text in texts]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            save_file({str(i): s.cpu().contiguous() for i, s in enumerate(states)}, f"{scratch}/states")
-            for old in path.parent.glob(f"{name}-*"):
-                old.unlink(missing_ok=True)
-            os.replace(f"{scratch}/states", path)
-    except (OSError, SafetensorError):  # a full disk only costs time
-        path.unlink(missing_ok=True)
+        with results.atomically(path) as scratch:
+            save_file({str(i): s.cpu().contiguous() for i, s in enumerate(states)}, scratch)
+        for old in set(path.parent.glob(f"{name}-*")) - {path}:
+            old.unlink(missing_ok=True)
+    except (StudyError, SafetensorError):  # a full disk only costs time
+        pass
     return states, False
 
 

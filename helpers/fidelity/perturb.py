@@ -98,7 +98,7 @@ def _signs(error, generator):
 
 
 def _permuted(error, generator):
-    return error.gather(1, torch.rand(error.shape, generator=generator).argsort(1).to(error.device))
+    return error.gather(1, torch.rand(error.shape, generator=generator).to(error.device).argsort(1))
 
 
 NOISE = {"block": _block, "layer": _layer, "signs": _signs, "permuted": _permuted}

@@ -9,6 +9,7 @@ from scipy.stats import kstest, rankdata
 
 from helpers import StudyError
 from helpers.fidelity import codebooks, compare, formats, perturb, texts
+from helpers.schema import DATA
 from helpers.setup import coqa
 from helpers.setup.layers import linear_layers
 
@@ -131,6 +132,7 @@ def test_perplexity_of_block_sizes(model, short):
         for kind, size, double in (("nf4", 64, False), ("nf4", 64, True), ("fp4", 1024, False), ("nf4", 128, False))
     ]
     rows.append({"format": "uniform", "block_size": 64, "double_quant": False})
+    rows = [row | {"ppl": None, "ln_ratio": None} for row in rows]
     found = perturb.block_sizes(model, short, rows)
     assert [row["ppl"] is not None for row in rows] == [True, False, True, False, False]
     assert "64 and 1024" in found["reason"] and found["tokens"] == len(texts.scored(short[0]))
@@ -178,6 +180,20 @@ def test_sensitivity(model, short, monkeypatch):
     fp4 = [row["kl"] for row in found["layers"] if row["format"] == "fp4"]
     assert found["fp4_loses_more"]["count"] == sum(b > a for a, b in zip(blocks, fp4, strict=True))
     assert found["spearman"]["formats"]["n"] == 5 and found["spearman"]["formats"]["kl_p"] is None
+
+
+def test_results_are_what_the_schema_says(model, short):
+    weights = formats.analyse(model, [64])
+    weights["block_sizes_read"] = perturb.block_sizes(model, short, weights["block_sizes"])
+    books = {name: book["levels"] for name, book in weights["codebooks"].items()}
+    found = {
+        "weights": weights,
+        "sensitivity": perturb.sensitivity(model, short, books),
+        "noise": perturb.noise(model, short, [0], OPTIONS),
+        "left_out": [],
+    }
+    DATA["weights"].model_validate(found, context="writing")
+    DATA["weights"].model_validate(found | {"noise": {"reason": "no linear layers"}}, context="writing")
 
 
 def test_spearman_is_pearson_of_ranks():

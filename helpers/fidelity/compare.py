@@ -50,7 +50,7 @@ QUANTILES = {"median": 0.5, "p99": 0.99}
 BUCKETS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of full precision's largest probability
 SUMS = ("nll_full", "nll", "kl", "agreement")
 FLOOR_BATCH = 4
-FLOOR_DIALOGUES = {"cpu": 3, "cuda": 100}
+FLOOR_DIALOGUES = {"cpu": 2, "cuda": 100}
 SPARE_BYTES = 3 * 2**29  # what comparing needs beside the models
 ROWS = {"cpu": 4, "cuda": 2048}  # positions in float64 at once: on a CPU they have to stay in the cache
 

@@ -185,8 +185,9 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
         "formats": at_64["formats"],
         "layers": rows,
         "ks_curve": ks_curve(rows),
-        "block_sizes": table,
+        "block_sizes": [row | {"ppl": None, "ln_ratio": None} for row in table],  # `perturb.block_sizes` fills them in
         "block_sizes_share": share,
+        "block_sizes_read": {"reason": "not read yet"},
         "histogram": {
             "edges": edges.tolist(),
             "density": _figure_density(counts),

@@ -224,7 +224,6 @@ def block_sizes(model, texts: list[Text], rows: list[dict], progress=None) -> di
     base = nll_sums(model, some)
     tokens = sum(n for _, n in base)
     for row in rows:
-        row |= {"ppl": None, "ln_ratio": None}
         kind, size = row["format"], row["block_size"]
         if kind not in ("nf4", "fp4") or row["double_quant"] or (cpu and size not in SIZES_ON_CPU):
             continue

@@ -216,9 +216,9 @@ def sensitivity(model, texts: list[Text], books: dict[str, list[float]], progres
 
 
 def block_sizes(model, texts: list[Text], rows: list[dict], progress=None) -> dict:
-    """Adds ppl and ln_ratio to NF4's and FP4's rows of `formats.analyse`'s block_sizes (single quantization; None in
-    the others), the whole model's weights replaced. A CPU does SIZES_ON_CPU. Returns texts, tokens, ppl_full, reason
-    (why sizes are missing, or None)."""
+    """Fills in ppl and ln_ratio of NF4's and FP4's rows of `formats.analyse`'s block_sizes (single quantization), the
+    whole model's weights replaced. A CPU does SIZES_ON_CPU on the beginnings of few texts. Returns schema's
+    BlockSizeTexts."""
     cpu = model.device.type == "cpu"
     some = beginnings(texts, BUDGET["cpu"]) if cpu else texts[: DIALOGUES["cuda"]]
     base = nll_sums(model, some)

@@ -1,12 +1,13 @@
-"""Prefill and decode by optimum-benchmark and by helpers.throughput, in turn, in one process, on the same weights.
+"""Prefill and decode by optimum-benchmark and by helpers.benchmark, in turn, in one process, on the same weights.
 
-Run by `make bench-peer STUDY=...` where optimum-benchmark is installed (`pip install optimum-benchmark==0.6.0`; it is not among the
-requirements); writes executed/STUDY/bench_peer.json. Both time transformers' eager `generate` at batch 1: prefill is the time to the
-first token, decode the time per output token after it. They take turns, so that a machine that changes its pace favours none; the first
-round warms up and does not count.
+Run by `make bench-peer STUDY=...` where optimum-benchmark is installed (`pip install optimum-benchmark==0.6.0`; it is
+not among the requirements); writes executed/STUDY/bench_peer.json. Both time transformers' eager `generate` at batch
+1: prefill is the time to the first token, decode the time per output token after it. They take turns, so that a
+machine that changes its pace favours none; the first round warms up and does not count.
 
-optimum-benchmark runs under torch.inference_mode, which starts kernels faster than the no_grad of a plain `generate`. So ours is timed
-under both: under inference_mode the two should agree within 5%; what no_grad takes beyond that is what users of `generate` pay.
+optimum-benchmark runs under torch.inference_mode, which starts kernels faster than the no_grad of a plain `generate`.
+So ours is timed under both: under inference_mode the two should agree within 5%; what no_grad takes beyond that is
+what users of `generate` pay.
 """
 
 import argparse
@@ -21,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from helpers import StudyError, params, results  # noqa: E402
-from helpers.benchmark import throughput
-from helpers.setup import models
+from helpers.benchmark import generation  # noqa: E402
+from helpers.setup import models  # noqa: E402
 
 NAME = "fp16"
 WITHIN = 0.05
@@ -76,11 +77,11 @@ def main() -> None:
     study, configuration = params.read_study(given.study), params.read_configuration(given.study, NAME)
     loaded, folder = models.load(study, configuration), models.prepare(study)
     sizes = getattr(study.benchmark, loaded.info["device"])
-    ids, rounds = throughput.prompt(loaded.model, 1, sizes.prompt_tokens, study.seed), []
+    ids, rounds = generation.prompt(loaded.model, 1, sizes.prompt_tokens, study.seed), []
     for number in range(given.rounds + 1):
-        *plain, tokens = throughput.eager_samples(loaded.model, ids, sizes)
+        *plain, tokens = generation.eager_samples(loaded.model, ids, sizes)
         with torch.inference_mode():
-            *inference, _ = throughput.eager_samples(loaded.model, ids, sizes)
+            *inference, _ = generation.eager_samples(loaded.model, ids, sizes)
         for who, (prefill, decode) in (
             (OURS, plain),
             (ALIKE, inference),
@@ -102,9 +103,8 @@ def main() -> None:
         }
         for who in (OURS, ALIKE):
             found["ratio"][who][key] = medians[who] / medians[PEER]
-            print(
-                f"{key}: {who} {medians[who]:.2f}, optimum-benchmark {medians[PEER]:.2f}, ratio {found['ratio'][who][key]:.3f}"
-            )
+            ratio = found["ratio"][who][key]
+            print(f"{key}: {who} {medians[who]:.2f}, optimum-benchmark {medians[PEER]:.2f}, ratio {ratio:.3f}")
     target = results.folder(study) / "bench_peer.json"
     results.write_json(target, {"provenance": results.provenance(study, configuration)} | found)
     print(f"wrote {target.relative_to(ROOT)}")

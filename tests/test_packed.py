@@ -4,9 +4,11 @@ what."""
 import pytest
 import torch
 
+from helpers.benchmark import decoder, generation
 from helpers.setup import calibrated, layers, methods, models, packed
 from helpers.setup.packed import Int4Linear
-from tests.test_methods import TOKENS, configuration
+from tests.conftest import LLAMA, configuration
+from tests.test_methods import TOKENS
 
 
 def integers(out_features: int, in_features: int, group: int):
@@ -42,6 +44,50 @@ def test_in_bfloat16_the_product_departs_by_rounding():
     expected = x.float() @ weight(values, scale.float(), zero.float()).T
     error = Int4Linear(values, scale, zero)(x).float() - expected
     assert error.norm() < 0.004 * expected.norm()
+
+
+def test_the_layout_is_read_off_the_operator(monkeypatch):
+    """A GPU's layout is one that nobody documents: here a tile's integers stand in a random order."""
+    order = torch.randperm(1024, generator=torch.Generator().manual_seed(1))
+
+    def pack(values):
+        rows, columns = values.shape[0] // 8, values.shape[1] // 128
+        tiles = values.view(rows, 8, columns, 128).transpose(1, 2).reshape(rows, columns, 1024)[..., order]
+        pairs = tiles.to(torch.uint8).view(rows, columns, 32, 16, 2)
+        return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(torch.int32)
+
+    values, scale, zero = integers(24, 256, 64)
+    layer = Int4Linear(
+        torch.zeros(32, 256, dtype=torch.int), torch.ones(32, 4), torch.zeros(32, 4), None, torch.float32
+    )
+    monkeypatch.setattr(packed, "_pack", pack)
+    layer.packed, layer.order, layer.out_features = pack(values), packed._order.__wrapped__(torch.device("cpu")), 24
+    layer.scales_and_zeros = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous()
+    layer.unpack_rows = 1
+    torch.testing.assert_close(layer.unpacked(), weight(values, scale, zero))
+    x = torch.randn(5, 256)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), x @ weight(values, scale, zero).T, rtol=1e-4, atol=1e-3)
+
+
+def test_a_compiled_step_holds_packed_layers(monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    config = models.AutoConfig.for_model(**LLAMA)
+    model = models.AutoModelForCausalLM.from_config(config).eval()
+    for name, module in list(layers.linear_layers(model).items()):
+        grouped = module.weight.detach().view(module.out_features, -1, 32)
+        scale = grouped.abs().amax(-1) / 7.5
+        values = (grouped / scale[..., None]).round().clamp(-8, 7).int().view(module.weight.shape) + 8
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, Int4Linear(values, scale, 0 * scale, None, torch.float32))
+    counter, real = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, options, **given: real(f, backend=counter, **given))
+    ids = torch.arange(16).view(1, -1)
+    running = decoder.Decoder(model, ids, 6, compiled=True)
+    found = generation.agreement(model, ids, running, 6, "compile")
+    assert found["identical"] == 6 or found["explained"]
+    assert counter.frame_count == 4  # layer, last norm, rotary embedding, output head
 
 
 def test_layers_count_what_is_stored():

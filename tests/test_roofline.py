@@ -32,7 +32,8 @@ def llama(tied: bool) -> LlamaForCausalLM:
 
 
 def hand_counted_bytes() -> int:
-    """float32: decoder layers with two norms each, the last norm, one vocabulary matrix, the rotary frequencies twice."""
+    """float32: decoder layers with two norms each, the last norm, one vocabulary matrix, the rotary frequencies
+    twice."""
     frequencies = 2 * (HIDDEN // HEADS // 2)
     return 4 * (LAYERS * (LAYER_WEIGHTS + 2 * HIDDEN) + HIDDEN + VOCABULARY * HIDDEN + frequencies)
 

@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from helpers import CACHE, ROOT, StudyError
 from helpers.params import Calibration, Configuration, Quantization, Study
 from helpers.setup import coqa
+from helpers.setup.layers import linear_layers
 
 PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
 HUB_COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -125,20 +126,18 @@ def weights_key(folder: Path) -> str:
 
 
 def check_group_size(architecture, group_size: int) -> None:
-    """Raises StudyError if a group would not divide the inputs of every linear layer: hidden size, MLP size,
-    attention output.
-    """
-    head = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
-    inputs = {
-        "hidden size": architecture.hidden_size,
-        "intermediate size": architecture.intermediate_size,
-        "attention width": head * architecture.num_attention_heads,
-    }
-    for name, size in inputs.items():
+    """Raises StudyError if a group would not divide the inputs of every linear layer, or if there is no such layer
+    (GPT-2 has transformers' Conv1D)."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
+    inputs = {m.in_features: name for name, m in linear_layers(model).items()}
+    if not inputs:
+        raise StudyError(f"quantization: {type(model).__name__} has no linear layers to quantize; leave the format out")
+    for size, name in inputs.items():
         if size % group_size:
-            fits = [g for g in (256, 128, 64, 32) if not any(s % g for s in inputs.values())]
+            fits = [g for g in (256, 128, 64, 32) if not any(s % g for s in inputs)]
             raise StudyError(
-                f"quantization.group_size: {group_size} does not divide the model's {name} {size}; "
+                f"quantization.group_size: {group_size} does not divide the {size} inputs of {name}; "
                 + (f"write {' or '.join(map(str, fits))}" if fits else "no usual group size does")
             )
 

@@ -1,8 +1,9 @@
 """What a model really occupies, in bytes, and what it needs while it runs.
 
-`get_memory_footprint()`, the figure that papers quote, counts parameters and buffers. bitsandbytes keeps part of a quantized
-weight elsewhere: absmax, codebook and offset of a 4-bit layer in its `quant_state` (twice, with double quantization), the row
-scales of an int8 layer in an attribute of the weight. `tensors(model)` finds them all, each once.
+`get_memory_footprint()`, the figure that papers quote, counts parameters and buffers. bitsandbytes keeps part of a
+quantized weight elsewhere: absmax, codebook and offset of a 4-bit layer in its `quant_state` (twice, with double
+quantization), the row scales of an int8 layer in an attribute of the weight. `tensors(model)` finds them all, each
+once.
 
 Vocabulary: MB is 2**20 bytes, as `get_memory_footprint() / 2**20` is printed in the paper.
 """
@@ -48,7 +49,8 @@ def quantization_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def inner(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The plain tensors inside a wrapper of several (torchao's: integers or float8 values, and scales), by name; none in a plain one.
+    """The plain tensors inside a wrapper of several (torchao's: integers or float8 values, and scales), by name; none
+    in a plain one.
 
     The wrapper has the shape and type of the weight that it stands for, so its own `nbytes` is not what it occupies.
     """
@@ -60,7 +62,8 @@ def inner(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """All tensors that hold the model: (parameters and buffers, quantization state), by name; what is shared is listed once."""
+    """All tensors that hold the model: (parameters and buffers, quantization state), by name; what is shared is
+    listed once."""
     plain, state, seen = {}, {}, set()
 
     def add(target, name, tensor):
@@ -113,8 +116,8 @@ def linear_layers(model) -> dict[str, torch.nn.Linear]:
 
 
 def repacked(module: torch.nn.Module) -> bool:
-    """Has bitsandbytes rearranged a 4-bit layer for this CPU? On CPUs with AVX512-BF16 its first forward pass does, and from then on it
-    computes in bfloat16, scales included, whatever the compute dtype."""
+    """Has bitsandbytes rearranged a 4-bit layer for this CPU? On CPUs with AVX512-BF16 its first forward pass does,
+    and from then on it computes in bfloat16, scales included, whatever the compute dtype."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
@@ -122,10 +125,11 @@ def repacked(module: torch.nn.Module) -> bool:
 def dequantize(module: torch.nn.Module) -> torch.Tensor:
     """The weight (out, in) that a linear layer computes with.
 
-    bitsandbytes' layers are undone with its own functions. Any other quantized layer is asked for the image of the identity, which is its
-    weight if it quantizes weights only (GPTQ, AWQ, weight-only FP8; formats that scale each activation row by its maximum
-    keep a row of the identity too). AWQ moves scales into neighbouring layers: its weight is not comparable with the original. A 4-bit
-    layer that a forward pass has repacked for this CPU (`repacked`) is asked as well, and answers in bfloat16.
+    bitsandbytes' layers are undone with its own functions. Any other quantized layer is asked for the image of the
+    identity, which is its weight if it quantizes weights only (GPTQ, AWQ, weight-only FP8; formats that scale each
+    activation row by its maximum keep a row of the identity too). AWQ moves scales into neighbouring layers: its
+    weight is not comparable with the original. A 4-bit layer that a forward pass has repacked for this CPU
+    (`repacked`) is asked as well, and answers in bfloat16.
     """
     if isinstance(module, Int4Linear):
         return module.unpacked()
@@ -167,7 +171,8 @@ def stored_dtype(module) -> str:
 
 
 def is_quantized(module: torch.nn.Module) -> bool:
-    """A linear layer that is not plain: another class (bitsandbytes), another kind of weight (torchao), or unpacked from a checkpoint."""
+    """A linear layer that is not plain: another class (bitsandbytes), another kind of weight (torchao), or unpacked
+    from a checkpoint."""
     if not isinstance(module, torch.nn.Linear):
         return False
     return (
@@ -178,9 +183,10 @@ def is_quantized(module: torch.nn.Module) -> bool:
 
 
 def make_plain(model: torch.nn.Module) -> None:
-    """Take compressed-tensors' wrappers off a model that is unpacked: its weights are final, and the wrappers' Python, in every access to a
-    weight and every call of a layer, would be counted as time (and its scales as memory). torch.compile can't see through them either.
-    `quantization_scheme` stays, and tells a layer that was quantized (`is_quantized`)."""
+    """Take compressed-tensors' wrappers off a model that is unpacked: its weights are final, and the wrappers'
+    Python, in every access to a weight and every call of a layer, would be counted as time (and its scales as
+    memory). torch.compile can't see through them either. `quantization_scheme` stays, and tells a layer that was
+    quantized (`is_quantized`)."""
     from compressed_tensors.offload import remove_dispatch
 
     remove_dispatch(model, onload_tensors=True)
@@ -196,7 +202,7 @@ def make_plain(model: torch.nn.Module) -> None:
 
 
 def quantized_layers(model) -> dict[str, torch.nn.Module]:
-    """Linear layers that are not plain torch ones, by name; `helpers.weights.dequantize` gives the weight that one computes with."""
+    """Linear layers that are not plain torch ones, by name; `dequantize` gives the weight that one computes with."""
     return {name: module for name, module in model.named_modules() if is_quantized(module)}
 
 
@@ -213,8 +219,8 @@ def parameter_count(model) -> int:
 
 
 def widest_layer(model) -> int:
-    """Most columns that any linear layer reads or writes: rows times it must stay under 2^31 (bitsandbytes' LLM.int8() overflows). The
-    vocabulary's layer is left out: it never gets more than HEAD_ROWS rows."""
+    """Most columns that any linear layer reads or writes: rows times it must stay under 2^31 (bitsandbytes'
+    LLM.int8() overflows). The vocabulary's layer is left out: it never gets more than HEAD_ROWS rows."""
     return max(max(m.in_features, m.out_features) for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
 
 

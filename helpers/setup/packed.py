@@ -107,7 +107,8 @@ class Int4Linear(torch.nn.Linear):
 
     def unpacked(self) -> torch.Tensor:
         """The weight [out, in] that the layer computes with."""
-        scale, zero = self.scales_and_zeros.transpose(0, 1).unsqueeze(2).unbind(-1)
+        # Contiguous, or the result would take their strides.
+        scale, zero = (part.contiguous() for part in self.scales_and_zeros.transpose(0, 1).unsqueeze(2).unbind(-1))
         if self.order is None:
             # The layout for CPUs depends on the processor: multiply the integers, with scale 1, by the identity.
             plain = torch.zeros_like(self.scales_and_zeros)

@@ -96,6 +96,8 @@ files = $(wildcard params/formats/$(1).yaml params/$(STUDY)/$(1).yaml)
 # A study without dialogues measures hardware only.
 HAS_DATA := $(shell grep -s '^data:' $(STUDY_FILE))
 FURTHER := $(wordlist 2,$(PROCESSES),1 2 3 4 5 6 7 8 9)
+# Committed results have no rules: nothing may measure them again.
+ifeq ($(RESULTS),)
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark,02_benchmark,$(c),benchmark,$(BENCHMARK))))
 $(foreach n,$(FURTHER),$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark_$(n),02_benchmark,$(c),benchmark_$(n),$(BENCHMARK),-p process $(n)))))
 ifneq ($(HAS_DATA),)
@@ -108,6 +110,7 @@ endif
 
 $(OUT)/00_setup.ipynb $(OUT)/setup.json &: notebooks/00_setup.ipynb $(STUDY_FILE) $(COMMON) | $(ENV)
 	@$(RUN) $(NB) run notebooks/00_setup.ipynb "$(OUT)/00_setup.ipynb" -f $(STUDY_FILE)
+endif
 
 RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/weights.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark*.json $(OUT)/*/fidelity.json $(OUT)/bench_eval.json)
 

@@ -4,6 +4,7 @@ import base64
 import copy
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Error, sync_playwright
 
 from helpers import ROOT, notebook
 from helpers.analysis import frames, samples
@@ -117,6 +118,50 @@ def test_jupyterlab_gets_no_style_or_script_from_04(rendered):
     outputs = [o for cell in executed.cells if cell.cell_type == "code" for o in cell.outputs]
     texts = [str(output.get("data", {}).get("text/html", "")) for output in outputs]
     assert len(texts) > 10 and not [t[:80] for t in texts if "<style" in t or "<script" in t or "<link" in t]
+
+
+@pytest.fixture(scope="module")
+def lab(rendered, tmp_path_factory):
+    """Address of a JupyterLab of its own over the executed notebooks, which it trusts."""
+    own = tmp_path_factory.mktemp("lab")
+    folders = {f"JUPYTER_{kind}_DIR": str(own / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    environment = os.environ | folders | {"JUPYTERLAB_WORKSPACES_DIR": str(own / "workspaces")}
+    jupyter = [sys.executable, "-m", "jupyter"]
+    subprocess.run(
+        [*jupyter, "trust", "04_analysis.ipynb"], cwd=rendered, env=environment, check=True, capture_output=True
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [f"--port={port}", "--no-browser", "--allow-root", "--IdentityProvider.token=", "--ip=127.0.0.1"]
+    with open(own / "log", "w") as log:
+        command = [sys.executable, "-m", "jupyterlab", *options]
+        server = subprocess.Popen(command, cwd=rendered, env=environment, stdout=log, stderr=log)
+        yield f"http://127.0.0.1:{port}/lab/tree/04_analysis.ipynb"
+        server.terminate()
+        server.wait(20)
+
+
+def test_jupyterlab_shows_04_whole_and_keeps_its_own_look(lab, browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    for _ in range(60):  # seconds until the server answers
+        try:
+            page.goto(lab)
+            break
+        except Error:
+            page.wait_for_timeout(1000)
+    page.locator(".jp-Notebook figure img").first.wait_for(timeout=60_000)
+    styles = page.evaluate("document.querySelectorAll('.jp-OutputArea :is(style, link, script)').length")
+    body = page.evaluate("[getComputedStyle(document.body).overflow, getComputedStyle(document.body).maxWidth]")
+    inside = page.evaluate(
+        """[...document.querySelectorAll('.jp-Notebook figure img')].map((image) => {
+          const own = image.getBoundingClientRect();
+          const output = image.closest('.jp-OutputArea-output').getBoundingClientRect();
+          return own.left >= output.left && own.right <= output.right + 1;
+        })"""
+    )
+    page.close()
+    assert styles == 0 and body == ["hidden", "none"] and inside and all(inside)
 
 
 # ---- what goes wrong, in a small notebook ----

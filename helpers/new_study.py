@@ -1,16 +1,17 @@
 """Write a new study's folder: `make new-study MODEL=Qwen/Qwen2.5-0.5B STUDY=qwen2.5-0.5b`.
 
-MODEL is a name on the model hub (OWNER/NAME, or OWNER/NAME@REVISION) or a folder with config.json and safetensors. The folder params/STUDY
-gets study.yaml and the configurations fp16, nf4, fp4 and int8. Sizes and configurations are those of params/smollm2-135m, as far as the
-model's context allows; a hub model is asked CoQA (the revision of params/llama-3.2-1b), a local one the project's own dialogues.
+MODEL is a name on the model hub (OWNER/NAME, or OWNER/NAME@REVISION) or a folder with config.json, safetensors and a
+tokenizer. params/STUDY gets study.yaml, which names formats of params/formats and says what differs from the
+defaults. A hub model is asked CoQA (the revision of params/llama-3.2-1b), a local one the project's own dialogues.
 
-The model's configuration is looked up first, if it can be. What can't work is refused (no such model, not a decoder, quantized already);
-what could not be looked up (no access yet, no network) is said, and the folder is written all the same.
+What the model's small files say is looked up first. What can't work is refused (no such model, not a decoder, quantized
+already, a context without room for an answer, no token that ends a text, no tokenizer); what could not be looked up (no
+access yet, no network) is said, and the folder is written all the same. No code of a model is run.
 """
 
+import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,16 +22,19 @@ import huggingface_hub
 import yaml
 
 from helpers import StudyError, params
+from helpers.checked_yaml import NAME
 from helpers.setup import hub
 
-TEMPLATE, PAPER = "smollm2-135m", "llama-3.2-1b"
-CONFIGURATIONS = ("fp16", "nf4", "fp4", "int8")
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-# Above this a CPU gets the sizes of the paper's 1.2B model, so that a configuration's benchmark stays a matter of minutes there.
+PAPER = "llama-3.2-1b"
+FORMATS = ["fp16", "int8", "nf4", "fp4"]
+RESERVED = ("reference", "formats")
+# Above this a CPU gets the sizes of the paper's 1.2B model, so that a benchmark stays a matter of minutes there.
 SMALL = 600_000_000  # parameters
 # CoQA's longest dialogues, with the story and all turns before the last.
 DIALOGUE_TOKENS = 2048
 UNREACHABLE = ("gated", "token", "network", "offline")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+SMALL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 
 
 class Written(NamedTuple):
@@ -40,9 +44,10 @@ class Written(NamedTuple):
 
 
 def write(model: str, study: str) -> Written:
-    """Make params/STUDY for a model. Raises StudyError if the folder is there already, or the model can't be studied."""
+    """Make params/STUDY for a model. Raises StudyError if the folder is there already, or the model can't be
+    studied."""
     folder = params.PARAMS / study
-    if not NAME.fullmatch(study) or study == "reference":
+    if not re.fullmatch(NAME, study) or study != study.lower() or study in RESERVED:
         raise StudyError(f"STUDY={study}: write lower-case letters, digits, dots and hyphens, such as qwen2.5-0.5b")
     if folder.exists():
         raise StudyError(f"params/{study} is there already: give another STUDY=, or remove the folder first")
@@ -54,29 +59,35 @@ def write(model: str, study: str) -> Written:
     with tempfile.TemporaryDirectory(dir=params.PARAMS, prefix=".new-") as scratch:
         new = Path(scratch) / study
         new.mkdir()
-        text = yaml.dump(values, sort_keys=False, default_flow_style=None, width=140, allow_unicode=True)
-        (new / "study.yaml").write_text(
-            f"# Written by make new-study MODEL={model}; change what you like.\n{text}", encoding="utf-8"
-        )
-        for name in CONFIGURATIONS:
-            shutil.copy(params.PARAMS / TEMPLATE / f"{name}.yaml", new)
+        text = yaml.dump(values, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
+        head = f"# Written by make new-study MODEL={' '.join(model.split())}; change what you like."
+        (new / "study.yaml").write_text(f"{head}\n{text}", encoding="utf-8")
         os.replace(new, folder)
-    return Written(folder, ["study.yaml", *(f"{name}.yaml" for name in CONFIGURATIONS)], facts)
+    return Written(folder, ["study.yaml"], facts)
 
 
 def describe(config, model: str) -> list[str]:
-    """Facts about a transformers configuration, a line each. Raises StudyError if it is not one of a full-precision decoder."""
+    """Facts about a transformers configuration, a line each. Raises StudyError if it can't be studied."""
     if getattr(config, "quantization_config", None):
         raise StudyError(f"MODEL={model} is quantized already; name the model that it was made from")
+    heads = config.architectures or []
+    if heads and not any(h.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for h in heads):
+        raise StudyError(f"MODEL={model} is {heads[0]}, not a decoder that writes text; name a causal language model")
     try:
         parameters = _parameters(config)
-    except (ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a configuration can be wrong in as many ways as there are models
         raise StudyError(
             f"MODEL={model} is of type {config.model_type}, not a decoder that transformers loads by itself"
         ) from error
-    context = getattr(config, "max_position_embeddings", None)
+    context, answer = _context(config), params.Evaluation().max_gen_toks
+    if context and context <= answer + 64:  # the least question, with the end of its story
+        raise StudyError(
+            f"MODEL={model}: its context of {context} tokens has no room for a question and an answer of {answer} "
+            "tokens (evaluation.max_gen_toks); name a model with a longer one"
+        )
     facts = [
-        f"{config.model_type}, {parameters:,} parameters ({parameters * 2 / 1e9:.1f} GB in float16), vocabulary {config.vocab_size:,}, "
+        f"{config.model_type}, {parameters:,} parameters ({parameters * 2 / 1e9:.1f} GB in 16 bits), "
+        f"vocabulary {config.get_text_config().vocab_size:,}, "
         f"context {f'{context:,} tokens' if context else 'not stated'}"
     ]
     if context and context < DIALOGUE_TOKENS:
@@ -84,18 +95,24 @@ def describe(config, model: str) -> list[str]:
     return facts
 
 
+def _context(config) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def _is_path(model: str) -> bool:
-    return model.startswith(("/", "./", "../", "~")) or (Path(model) / "config.json").is_file()
+    return model.startswith(("/", "./", "../", "~")) or Path(model).is_dir() or "/" not in model
 
 
 def _local(model: str) -> tuple[dict, object, list[str]]:
-    folder = Path(model).expanduser().resolve()
+    folder = Path(os.path.abspath(Path(model).expanduser()))
     if not (folder / "config.json").is_file():
         raise StudyError(
             f"MODEL={model}: there is no config.json; give a folder written by save_pretrained, or OWNER/NAME"
         )
     if not any(folder.glob("*.safetensors")):
         raise StudyError(f"MODEL={model}: there are no safetensors weights; save the model with save_pretrained")
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise StudyError(f"MODEL={model}: there is no tokenizer; save it with the tokenizer's save_pretrained")
     return {"source": "path", "name": str(folder)}, _config(folder, model), []
 
 
@@ -104,14 +121,24 @@ def _from_hub(model: str) -> tuple[dict, object | None, list[str]]:
     source = {"source": "hub", "name": name}
     try:
         plan = hub.plan(name, revision or None)
-        path = huggingface_hub.hf_hub_download(name, "config.json", revision=plan["commit"])
+        for file in sorted({*SMALL_FILES} & {*plan["files"]}, reverse=True):
+            path = huggingface_hub.hf_hub_download(name, file, revision=plan["commit"])
     except hub.HubError as error:
-        if error.reason not in UNREACHABLE:
+        if error.reason not in ("missing", *UNREACHABLE):
+            raise
+        parent = Path(name).parent
+        if error.reason != "gated" and parent.is_dir():
+            raise StudyError(
+                f"MODEL={model}: there is a folder {parent}/ here, but no {Path(name).name} in it; correct the path "
+                f"(as a model of the hub: {error})"
+            ) from error
+        if error.reason == "missing":
             raise
         commit = revision or (_public_commit(name) if error.reason == "gated" else None)
         return source | ({"revision": commit} if commit else {}), None, [f"not looked up: {error}"]
     facts = [
-        f"{name} at commit {plan['commit'][:8]}, {plan['bytes_to_download'] / 1e9:.1f} of {plan['bytes'] / 1e9:.1f} GB to download"
+        f"{name} at commit {plan['commit'][:8]}, "
+        f"{plan['bytes_to_download'] / 1e9:.1f} of {plan['bytes'] / 1e9:.1f} GB to download"
     ]
     return source | {"revision": plan["commit"]}, _config(Path(path).parent, model), facts
 
@@ -125,14 +152,24 @@ def _public_commit(name: str) -> str | None:
 
 
 def _config(folder: Path, model: str):
+    """The model's configuration, read without its own code. Raises StudyError if transformers does not know it, or no
+    text could end."""
     from transformers import AutoConfig  # takes seconds
 
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        stated = [json.loads((folder / f).read_text("utf-8")) for f in SMALL_FILES if (folder / f).is_file()]
+    except Exception as error:  # not JSON, an unknown type, a value that the type's own check refuses
         raise StudyError(
-            f"MODEL={model}: transformers does not know this architecture, and the model's own code is not run; name another"
+            f"MODEL={model}: transformers does not know this architecture, and the model's own code is not run; "
+            "name another"
         ) from error
+    stated.append(config.get_text_config().to_dict())  # the type's own defaults
+    if not any(given.get(key) not in (None, []) for given in stated for key in ("eos_token_id", "eos_token")):
+        raise StudyError(
+            f"MODEL={model}: no eos_token_id, the token that ends a text; state it in its generation_config.json"
+        )
+    return config
 
 
 def _parameters(config) -> int:
@@ -140,27 +177,31 @@ def _parameters(config) -> int:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters())
 
 
 def _study(study: str, source: dict, config) -> dict:
-    """study.yaml's values."""
-    template, paper = (params.read_yaml(params.PARAMS / name / "study.yaml") for name in (TEMPLATE, PAPER))
-    small = config is not None and _parameters(config) < SMALL
-    sizes = {"cpu": (template if small else paper)["benchmark"]["cpu"], "cuda": template["benchmark"]["cuda"]}
-    context = getattr(config, "max_position_embeddings", None) or max(sizes["cuda"]["prefill_tokens"])
-    for kind in sizes.values():
-        kind["prefill_tokens"] = [n for n in kind["prefill_tokens"] if n <= context] or [context]
-        kind["prompt_tokens"] = min(kind["prompt_tokens"], context - kind["decode_tokens"])
+    """study.yaml's values: what differs from the defaults."""
+    paper = params.read_yaml(params.PARAMS / PAPER / "study.yaml")
+    large = config is None or _parameters(config) >= SMALL
+    sizes = {"cpu": dict(paper["benchmark"]["cpu"]) if large else {}, "cuda": {}}
+    context = _context(config) if config is not None else None
+    for (device, given), defaults in zip(sizes.items(), (params.Sizes(), params.GPUSizes()), strict=True):
+        used = defaults.model_dump() | given
+        if context and max(used["prefill_tokens"]) > context:
+            sizes[device]["prefill_tokens"] = [n for n in used["prefill_tokens"] if n <= context] or [context]
+        if context and used["prompt_tokens"] + used["decode_tokens"] > context:
+            sizes[device]["prompt_tokens"] = context - used["decode_tokens"]
+    sizes = {device: given for device, given in sizes.items() if given}
     hub_data = source["source"] == "hub"
     asked = "CoQA" if hub_data else "the project's own dialogues"
     return {
         "study": study,
         "title": f"{Path(source['name']).name} on {asked}",
+        "formats": FORMATS,
         "model": source,
-        "data": paper["data"] if hub_data else template["data"],
-        "benchmark": sizes,
-    }
+        "data": paper["data"] if hub_data else {"source": "embedded", "dialogues_on_cpu": 20},
+    } | ({"benchmark": sizes} if sizes else {})
 
 
 def main(argv: list[str]) -> None:

@@ -1,10 +1,10 @@
 """The schema of params/STUDY/study.yaml and of configurations.
 
-A configuration is a format of params/formats, which all studies share, or params/STUDY/CONFIGURATION.yaml, which replaces its keys or
-adds one of the study's own.
+A configuration is a format of params/formats, which all studies share, or params/STUDY/CONFIGURATION.yaml, which
+replaces its keys or adds one of the study's own.
 
-papermill injects whatever the files hold and only warns about a key that no notebook knows. So every notebook checks what it
-was given before it computes anything:
+papermill injects whatever the files hold and only warns about a key that no notebook knows. So every notebook checks
+what it was given before it computes anything:
 
     case = params.from_notebook(globals())    # case.study, case.configuration
 
@@ -12,47 +12,79 @@ and the command line checks the files themselves (`python -m helpers.params STUD
 """
 
 import difflib
+import os
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from helpers import ROOT, StudyError
+from helpers.checked_yaml import LINE, NAME, validate
+from helpers.checked_yaml import read as read_yaml
 
 PARAMS = ROOT / "params"
 FORMATS = PARAMS / "formats"
-Positive = Annotated[int, Field(gt=0)]
+COQA = "EleutherAI/coqa"
+
+Positive = Annotated[int, Field(gt=0, le=10_000_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
+Share = Annotated[float, Field(gt=0, lt=1)]
+Name = Annotated[str, Field(pattern=NAME)]
+Line = Annotated[str, Field(pattern=LINE)]
+Dtype = Literal["auto", "float16", "bfloat16", "float32"]
+Mode = Literal["eager", "cuda_graph", "compile"]
+Item = TypeVar("Item")
+# One value stands for a list of one.
+AsList = BeforeValidator(lambda given: given if given is None or isinstance(given, list) else [given])
+Several = Annotated[list[Item], AsList, Field(min_length=1)]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    # strict: YAML's yes is no number, and '64' is text
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Model(Strict):
     """Where the full-precision weights come from."""
 
     source: Literal["package", "hub", "path", "random"]
-    name: str  # package: smollm2-135m; hub: owner/name; path: a folder; random: a name for the report
-    revision: str | None = None  # hub only: a commit or tag
+    name: Line  # package: smollm2-135m; hub: owner/name; path: a folder; random: a name for the report
+    revision: Line | None = None  # hub only: a commit or tag
     architecture: dict | None = None  # random only: a transformers configuration, with its model_type
-    already_quantized: str | None = None  # what the weights went through before this study; the report repeats it
+    already_quantized: Line | None = None  # what the weights went through before this study; the report repeats it
+    # auto: the model's own on a GPU, float32 on a CPU. It stands here, not beside `model`, since papermill puts a
+    # configuration's `dtype` into the same namespace.
+    dtype: Dtype = "auto"
 
     @model_validator(mode="after")
     def _complete(self):
         if (self.source == "random") != (self.architecture is not None):
             raise ValueError("architecture belongs to source: random, and to it alone")
+        word, owner = r"[A-Za-z0-9][\w.-]*", r"([A-Za-z0-9][\w.-]*/)?" if self.source == "hub" else ""
+        if self.source != "path" and not re.fullmatch(owner + word, self.name, re.ASCII):
+            raise ValueError(f"'{self.name}' is no name of source: {self.source}; a folder is source: path")
         return self
 
 
 class Data(Strict):
-    """Dialogues in CoQA's format."""
+    """Dialogues in CoQA's format, from one source."""
 
-    source: str = "embedded"  # embedded, EleutherAI/coqa, or a path to a JSON or JSONL file
-    revision: str | None = None  # hub only
+    name: Name  # in results and tables; by default the last part of the source
+    source: Line = "embedded"  # embedded, a data set of the hub (OWNER/NAME), or a path to a file
+    revision: Line | None = None  # hub only
     dialogues: Positive | None = None  # the first so many; none: all
     dialogues_on_cpu: Positive | None = None  # without a GPU; none: as many
+    licence: Line | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given):
+        if not isinstance(given, dict):
+            return given
+        stem = re.sub(r"\.(jsonl?|ndjson|txt)$", "", Path(str(given.get("source", "embedded"))).name)
+        return {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64] or "data"} | given
 
     @model_validator(mode="after")
     def _fewer(self):
@@ -62,80 +94,106 @@ class Data(Strict):
 
 
 class Evaluation(Strict):
-    max_gen_toks: Positive = 256  # lm-eval's default
+    max_gen_toks: Positive = 256  # lm-eval's default; of a dialogue's answer, of which the metric reads one line
     batch_size: Positive | None = None  # none: found from free memory
-    tasks: list[str] = []  # further lm-eval tasks beside the dialogues
+    tasks: Annotated[list[Line], AsList] = []  # further lm-eval tasks beside the dialogues
+    include_path: Line | None = None  # a folder with lm-eval tasks of your own
     limit: Positive | None = None  # documents of each further task
+    samples_text: bool = True  # false: results hold ids, scores, lengths and hashes, and no text
+
+    @field_validator("max_gen_toks")
+    @classmethod
+    def _bounded(cls, tokens: int) -> int:
+        if tokens > 2048:
+            raise ValueError("at most 2048: context and memory are kept free for it, and an answer is one line")
+        return tokens
 
 
 class Sizes(Strict):
-    """What 02_benchmark runs on one kind of device."""
+    """What 02_benchmark runs on one kind of device; the defaults are a CPU's."""
 
-    prefill_tokens: list[Positive]
-    batch_sizes: list[Positive]
-    prompt_tokens: Positive = 128  # context of a decode measurement
-    contexts: list[Positive] = []  # further ones, at batch size 1
-    decode_tokens: Positive  # tokens generated in one repeat
-    repeats: Annotated[int, Field(ge=3)]
-    warmup: Positive
-    modes: list[Literal["eager", "cuda_graph", "compile"]]
-
-
-class CPUSizes(Sizes):
-    prefill_tokens: list[Positive] = [128, 512]
-    batch_sizes: list[Positive] = [1, 4, 8]
-    prompt_tokens: Positive = 16
-    contexts: list[Positive] = [128]
-    decode_tokens: Positive = 16
+    prefill_tokens: Several[Positive] = [128, 512]
+    batch_sizes: Several[Positive] = [1, 4, 8]
+    prompt_tokens: Positive = 16  # context of a decode measurement
+    contexts: Annotated[list[Positive], AsList] = [128]  # further ones, at batch size 1
+    decode_tokens: Positive = 16  # tokens generated in one repeat
     repeats: Annotated[int, Field(ge=3)] = 5
     warmup: Positive = 1
-    modes: list[Literal["eager", "cuda_graph", "compile"]] = ["eager"]
+    modes: Several[Mode] = ["eager"]
 
 
 class GPUSizes(Sizes):
-    prefill_tokens: list[Positive] = [128, 256, 512, 1024, 4096]
-    batch_sizes: list[Positive] = [1, 4, 8, 64]
-    contexts: list[Positive] = [4096]
+    prefill_tokens: Several[Positive] = [128, 256, 512, 1024, 4096]
+    batch_sizes: Several[Positive] = [1, 4, 8, 64]
+    prompt_tokens: Positive = 128
+    contexts: Annotated[list[Positive], AsList] = [4096]
     decode_tokens: Positive = 64
     repeats: Annotated[int, Field(ge=3)] = 10
     warmup: Positive = 3
-    modes: list[Literal["eager", "cuda_graph", "compile"]] = ["eager", "cuda_graph", "compile"]
+    modes: Several[Mode] = ["eager", "cuda_graph", "compile"]
 
 
 class Benchmark(Strict):
-    """Sizes by device. A time is the median of several processes (Make's PROCESSES)."""
-
-    cpu: CPUSizes = CPUSizes()
+    # A time is the median of several processes (Make's PROCESSES).
+    cpu: Sizes = Sizes()
     cuda: GPUSizes = GPUSizes()
-    processes: Positive | None = None  # none: 3 on a GPU, 1 without
-    memory_budgets_gib: list[float] = [4, 8, 16]  # largest batch that fits in so much
+    processes: Annotated[int, Field(gt=0, le=9)] | None = None  # none: 3 on a GPU, 1 without
+    memory_budgets_gib: Several[Annotated[float, Field(gt=0)]] = [4, 8, 16]  # largest batch that fits in so much
 
 
 class Fidelity(Strict):
-    dialogues: Positive | None = None  # none: as many as are evaluated
-    noise_seeds: list[int] = [0, 1, 2]
-    block_sizes: list[Positive] = [64, 128, 256, 512, 1024, 2048, 4096]
+    dialogues: Positive | None = None  # of each source, at most; none: as many as are evaluated
+    text: Line | None = None  # a plain text file, for perplexity as it is published
+    noise_seeds: Several[Seed] = [0, 1, 2]
+    block_sizes: Several[Positive] = [64, 128, 256, 512, 1024, 2048, 4096]
 
 
 class Statistics(Strict):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     resamples: Positive = 10_000
     redraws: Positive = 10_000  # of the paper's 50-question design
-    margin: Annotated[float, Field(gt=0, lt=1)] = 0.015  # F1 and exact match: what counts as equal
+    margin: Share = 0.015  # F1: two configurations are equal if their difference surely lies within
 
 
 class Study(Strict):
-    study: str
-    title: str
+    study: Name
+    title: Line
     model: Model
-    formats: list[str] | None = None  # of params/formats; none: all
-    data: Data | None = None  # none: hardware only
+    formats: Several[Name] | None = None  # of params/formats; none: all
+    # one source or a list; none: hardware only
+    data: Annotated[
+        Annotated[Data, Tag("one")] | Annotated[Several[Data], Tag("several")],
+        Discriminator(lambda given: "several" if isinstance(given, list) else "one"),
+    ] | None = None  # fmt: skip
     evaluation: Evaluation = Evaluation()
     benchmark: Benchmark = Benchmark()
     fidelity: Fidelity = Fidelity()
     statistics: Statistics = Statistics()
-    seed: int = 1234
-    folder: str | None = None  # of the results; none: executed/STUDY
+    seed: Seed = 1234
+    folder: Line | None = None  # of the results; none: executed/STUDY
+
+    @model_validator(mode="after")
+    def _sound(self):
+        if len({d.name for d in self.sources}) < len(self.sources):
+            raise ValueError("two sources of data have the same name; give each its own `name`")
+        # A link inside the project may lead elsewhere (a larger disk): who made it meant it.
+        if self.folder and ROOT not in Path(os.path.normpath(ROOT / self.folder)).parents:
+            raise ValueError(f"folder '{self.folder}' leads out of the project; name one under executed/")
+        return self
+
+    @property
+    def sources(self) -> list[Data]:
+        """The study's sources of dialogues; empty if it measures hardware only."""
+        return self.data if isinstance(self.data, list) else [self.data] if self.data else []
+
+    @property
+    def dtype(self) -> str:
+        return self.model.dtype
+
+    def on_cpu(self) -> "Study":
+        """The study with as many dialogues of each source as a machine without a GPU is asked for."""
+        fewer = [d.model_copy(update={"dialogues": d.dialogues_on_cpu or d.dialogues}) for d in self.sources]
+        return self.model_copy(update={"data": fewer if isinstance(self.data, list) else fewer[0]}) if fewer else self
 
 
 class Full(Strict):
@@ -158,9 +216,8 @@ class Float8(Strict):
     """torchao. Weights in float8 (e4m3, a scale per row); not LLM.int8(), which is another 8-bit method."""
 
     method: Literal["torchao-float8"]
-    activations: Literal["none", "dynamic"] = (
-        "none"  # dynamic: rounded to float8 as well, so that the GPU multiplies in float8
-    )
+    # dynamic: rounded to float8 as well, so that the GPU multiplies in float8
+    activations: Literal["none", "dynamic"] = "none"
 
 
 class Int4(Strict):
@@ -180,11 +237,23 @@ class Int8(Strict):
 class Calibration(Strict):
     """Text that GPTQ and AWQ see: never a dialogue that is evaluated."""
 
-    source: str = "embedded-held-out"  # or EleutherAI/coqa (its train split), a path to a CoQA file, random-tokens
-    revision: str | None = None  # hub only
-    samples: Positive = 16  # dialogues
-    seed: Annotated[int, Field(ge=0)] = 0  # draws them
+    source: Line = "auto"  # see `resolved`; or embedded-held-out, EleutherAI/coqa, a path to a file, random-tokens
+    revision: Line | None = None  # hub only
+    # dialogues; none: four fifths of those there are, so that seeds differ, at most 128; 16 of random tokens
+    samples: Positive | None = None
     sequence_length: Positive = 512  # tokens of each, at most
+    seed: Seed = 0  # draws them
+
+    def resolved(self, study: Study) -> "Calibration":
+        """`auto` decided: random tokens for random weights, CoQA's train split if CoQA is evaluated, else held-out."""
+        if self.source != "auto":
+            return self
+        if study.model.source == "random":
+            return self.model_copy(update={"source": "random-tokens"})
+        for data in study.sources:
+            if data.source == COQA:
+                return self.model_copy(update={"source": COQA, "revision": data.revision})
+        return self.model_copy(update={"source": "embedded-held-out"})
 
 
 class GPTQ(Strict):
@@ -192,7 +261,7 @@ class GPTQ(Strict):
     group_size: Positive = 128  # weights of one row that share a scale
     symmetric: bool = True  # false: a zero point as well
     scales: Literal["mse", "minmax"] = "mse"  # of a group: searched for the least error, or the largest weight's
-    dampening: Annotated[float, Field(gt=0, lt=1)] = 0.01  # added to the Hessian's diagonal, as a share of its mean
+    dampening: Share = 0.01  # added to the Hessian's diagonal, as a share of its mean
     calibration: Calibration = Calibration()
 
 
@@ -207,116 +276,49 @@ class AWQ(Strict):
 Quantization = Annotated[
     Full | BitsAndBytes4 | BitsAndBytes8 | Float8 | Int8 | Int4 | GPTQ | AWQ, Field(discriminator="method")
 ]
-METHOD_NAMES = (
-    "none",
-    "bitsandbytes-4bit",
-    "bitsandbytes-int8",
-    "torchao-float8",
-    "torchao-int8",
-    "torchao-int4",
-    "gptq",
-    "awq",
-)
 
 
 class Configuration(Strict):
-    configuration: str
-    label: str  # as tables and figures name it
+    configuration: Name
+    label: Line  # as tables and figures name it
     quantization: Quantization
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = (
-        "auto"  # of weights that are not quantized, and of compute
-    )
+    # of weights that are not quantized, and of compute; auto: the study's (`model.dtype`)
+    dtype: Dtype = "auto"
 
 
 FULL_PRECISION = Configuration(configuration="full", label="Full precision", quantization=Full(method="none"))
 
 
-def _names(schema: dict, defs: dict) -> set[str]:
-    """All key names in a JSON schema, for 'did you mean'."""
-    names = set(schema.get("properties", {}))
-    for part in [*defs.values(), schema]:
-        names |= set(part.get("properties", {}))
-    return names
-
-
-def _explain(error: ValidationError, where: str, kind: type[BaseModel]) -> str:
-    schema = kind.model_json_schema()
-    lines = []
-    for e in error.errors():
-        path = [str(p) for p in e["loc"] if p not in METHOD_NAMES] or ["(file)"]
-        key = ".".join(path)
-        if e["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(path[-1], _names(schema, schema.get("$defs", {})), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            lines.append(f"{where}: unknown key '{key}'{hint}")
-        elif e["type"] in ("literal_error", "union_tag_invalid"):
-            expected = e["ctx"].get("expected") or e["ctx"].get("expected_tags")
-            given = e["input"].get("method") if isinstance(e["input"], dict) else e["input"]
-            near = difflib.get_close_matches(
-                str(given), [w.strip("' ") for w in expected.replace(" or ", ",").split(",")], n=1
-            )
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            lines.append(f"{where}: '{key}' is {given!r}, expected {expected}{hint}")
-        elif e["type"] == "missing":
-            lines.append(f"{where}: '{key}' is missing")
-        else:
-            lines.append(f"{where}: '{key}' is {e['input']!r}: {e['msg'][0].lower() + e['msg'][1:]}")
-    return "\n".join(lines)
-
-
-def _validate(kind: type[BaseModel], values: dict, where: str):
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise StudyError(_explain(error, where, kind)) from None
-
-
-def read_yaml(path: Path) -> dict:
-    """A YAML file's mapping. Raises StudyError that names file and line if it is missing or malformed."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {near[0]}.yaml?" if near else ""
-        raise StudyError(f"{path}: there is no such file{hint}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise StudyError(
-            f"{path}{f', line {mark.line + 1}' if mark else ''}: not YAML: {getattr(error, 'problem', error)}"
-        ) from None
-    if not isinstance(values, dict):
-        raise StudyError(f"{path}: expected keys and values, found {type(values).__name__}")
-    return values
-
-
 def folder(study: str) -> Path:
     path = PARAMS / study
+    if not re.fullmatch(NAME, study):
+        raise StudyError(f"STUDY={study}: write the name of one folder of params/, such as STUDY=smollm2-135m")
     if not (path / "study.yaml").is_file():
         near = difflib.get_close_matches(study, [p.name for p in PARAMS.iterdir()], n=1)
-        raise StudyError(
-            f"params/{study}/study.yaml: there is no such study" + (f"; did you mean STUDY={near[0]}?" if near else "")
-        )
+        hint = f"; did you mean STUDY={near[0]}?" if near else ""
+        raise StudyError(f"params/{study}/study.yaml: there is no such study{hint}")
     return path
 
 
 def read_study(study: str) -> Study:
     path = folder(study) / "study.yaml"
-    result = _validate(Study, read_yaml(path), f"params/{study}/study.yaml")
+    result = validate(Study, read_yaml(path), f"params/{study}/study.yaml")
     if result.study != study:
-        raise StudyError(
-            f"params/{study}/study.yaml: 'study' is '{result.study}', expected the folder's name '{study}'"
-        )
+        said = f"'study' is '{result.study}', expected the folder's name '{study}'"
+        raise StudyError(f"params/{study}/study.yaml: {said}")
     return result
 
 
 def configuration_files(study: str, configuration: str) -> list[Path]:
-    """What papermill gets with `-f` for a configuration, besides study.yaml: the shared format, then the study's own keys."""
-    found = [p for p in (FORMATS / f"{configuration}.yaml", folder(study) / f"{configuration}.yaml") if p.is_file()]
-    if not found:
+    """What papermill gets with `-f` besides study.yaml: the shared format, then the study's own keys."""
+    files = [p for p in (FORMATS / f"{configuration}.yaml", folder(study) / f"{configuration}.yaml") if p.is_file()]
+    if (PARAMS / configuration / "study.yaml").is_file():
+        raise StudyError(f"'{study}' and '{configuration}' are both studies; name one, STUDY={study}")
+    if not files:
         near = difflib.get_close_matches(configuration, configurations(study), n=1)
         hint = f"; did you mean {near[0]}.yaml?" if near else ""
         raise StudyError(f"params/formats/{configuration}.yaml: there is no such file{hint}")
-    return found
+    return files
 
 
 def read_configuration(study: str, configuration: str) -> Configuration:
@@ -324,12 +326,11 @@ def read_configuration(study: str, configuration: str) -> Configuration:
     values: dict = {}
     for path in files:
         values |= read_yaml(path)
-    where = " and ".join(str(p.relative_to(ROOT)) for p in files)
-    result = _validate(Configuration, values, where)
+    where = " and ".join(f"params/{p.parent.name}/{p.name}" for p in files)
+    result = validate(Configuration, values, where)
     if result.configuration != configuration:
-        raise StudyError(
-            f"{where}: 'configuration' is '{result.configuration}', expected the file's name '{configuration}'"
-        )
+        said = f"'configuration' is '{result.configuration}', expected the file's name '{configuration}'"
+        raise StudyError(f"{where}: {said}")
     return result
 
 
@@ -339,15 +340,19 @@ def read_paper() -> dict:
 
 
 def configurations(study: str) -> list[str]:
-    """Names of a study's configurations, full precision first: the formats that study.yaml names (none named: all), and its own files."""
+    """A study's configurations, full precision first: the formats that study.yaml names, or all, and its own files."""
     formats = read_study(study).formats
+    for path in [*folder(study).iterdir(), *FORMATS.iterdir()]:
+        if path.suffix == ".yml" or (path.suffix == ".yaml" and not re.fullmatch(NAME, path.stem)):
+            where = f"params/{path.parent.name}/{path.name!r}"
+            raise StudyError(f"{where}: rename it to letters, digits, dots, hyphens and underscores, ending in .yaml")
     shared = [p.stem for p in FORMATS.glob("*.yaml")] if formats is None else formats
     own = [p.stem for p in folder(study).glob("*.yaml") if p.stem != "study"]
     return sorted({*shared, *own}, key=lambda name: (name not in ("fp16", "bf16", "fp32"), name))
 
 
 class Case(NamedTuple):
-    """What one notebook runs on. One name, since papermill puts every key of the files beside it into the notebook."""
+    """What one notebook runs on; one name, since papermill puts every key of the files into the notebook."""
 
     study: Study
     configuration: Configuration | None  # none: the notebook is run once per study
@@ -355,40 +360,38 @@ class Case(NamedTuple):
 
 
 def check(given: dict, where: str) -> Case:
-    """Check the merged values of a study's file and, where there is one, a configuration's. Raises StudyError naming every wrong key."""
+    """A study's values and a configuration's, merged as papermill merges them. Raises StudyError for wrong keys."""
     given = dict(given)
     process = given.pop("process", 1)
-    if not isinstance(process, int) or process < 1:
-        raise StudyError(f"{where}: 'process' is {process!r}, expected 1, 2, 3 ...")
+    if type(process) is not int or not 1 <= process <= 9:
+        raise StudyError(f"{where}: 'process' is {process!r}, expected a number from 1 to 9")
     mine = {k: v for k, v in given.items() if k in Configuration.model_fields}
-    configuration = _validate(Configuration, mine, where) if mine else None
-    return Case(_validate(Study, {k: v for k, v in given.items() if k not in mine}, where), configuration, process)
+    configuration = validate(Configuration, mine, where) if mine else None
+    return Case(validate(Study, {k: v for k, v in given.items() if k not in mine}, where), configuration, process)
 
 
 def from_notebook(namespace: dict) -> Case:
-    """Check what a notebook was given: the names that its parameters cell, or papermill, put into `namespace`.
+    """What a notebook was given, checked: the names that its parameters cell, or papermill, put into `namespace`.
 
-    A notebook that is run by hand holds only the names of a study and a configuration: the rest is then read from params/.
-    Raises StudyError naming every unknown or wrong key.
+    A notebook that is run by hand holds only the names of a study and a configuration; the rest is read from params/.
+    Raises StudyError naming every wrong key.
     """
     plain = (str, int, float, bool, list, dict, tuple, type(None))
     ours = ("In", "Out", "exit", "quit", "open", "get_ipython")  # IPython's own
     given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ours and isinstance(v, plain)}
-    if "model" not in given:
-        configuration = (
-            read_configuration(namespace["study"], given["configuration"]) if "configuration" in given else None
-        )
-        return Case(read_study(namespace["study"]), configuration, given.get("process", 1))
-    return check(given, "notebook parameters")
+    if "model" in given:
+        return check(given, "notebook parameters")
+    name = given.get("configuration")
+    configuration = read_configuration(given["study"], name) if name else None
+    return Case(read_study(given["study"]), configuration, given.get("process", 1))
 
 
 def main(argv: list[str]) -> None:
-    if not argv:
-        raise SystemExit("usage: python -m helpers.params STUDY [CONFIGURATION ...]")
     try:
-        read_study(argv[0])
+        read_study(argv[0] if argv else "")
         for name in argv[1:] or configurations(argv[0]):
             read_configuration(argv[0], name)
+        configurations(argv[0])  # and every file name
     except StudyError as error:
         raise SystemExit(str(error)) from None
 

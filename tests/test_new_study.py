@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from helpers import ROOT, StudyError, new_study, params
-from helpers.setup import models
+from helpers.setup import hub, models
 from tests.hub_server import Hub, Repository
 from tests.test_hub import python
 
@@ -24,14 +24,17 @@ CONFIG |= {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
+    "eos_token_id": 0,
     "tie_word_embeddings": True,
 }
-SMALL = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": b"0" * 8, "tokenizer.json": b"{}"}
+TOKENIZER = {"tokenizer.json": b"{}"}
+SMALL = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": b"0" * 8} | TOKENIZER
 
 
 @pytest.mark.parametrize("study", SHIPPED)
 def test_shipped_study(study):
-    """Valid; full precision first and the three bitsandbytes configurations there; whatever comes from the hub pinned to a commit."""
+    """Valid; full precision first and the three bitsandbytes configurations there; whatever comes from the hub pinned
+    to a commit."""
     read = params.read_study(study)
     names = params.configurations(study)
     assert names[0] == "fp16" and {"nf4", "fp4", "int8"} <= set(names)
@@ -39,8 +42,8 @@ def test_shipped_study(study):
     assert len({c.label for c in found}) == len(found)
     if read.model.source == "hub":
         assert COMMIT.fullmatch(read.model.revision)
-    pinned = [read.data] if read.data else []
-    pinned += [c.quantization.calibration for c in found if hasattr(c.quantization, "calibration")]
+    pinned = [*read.sources]
+    pinned += [c.quantization.calibration.resolved(read) for c in found if hasattr(c.quantization, "calibration")]
     for data in pinned:
         assert data.source != "EleutherAI/coqa" or COMMIT.fullmatch(data.revision)
 
@@ -64,10 +67,9 @@ def test_random_study_has_the_papers_sizes():
 @pytest.fixture
 def empty(tmp_path, monkeypatch):
     """A params folder with nothing in it but what new_study copies from."""
-    for name in (new_study.TEMPLATE, new_study.PAPER):
-        (tmp_path / "params" / name).mkdir(parents=True)
-        for file in (ROOT / "params" / name).glob("*.yaml"):
-            (tmp_path / "params" / name / file.name).write_text(file.read_text())
+    (tmp_path / "params" / new_study.PAPER).mkdir(parents=True)
+    name = f"params/{new_study.PAPER}/study.yaml"
+    (tmp_path / name).write_text((ROOT / name).read_text())
     monkeypatch.setattr(params, "PARAMS", tmp_path / "params")
     return tmp_path
 
@@ -86,26 +88,98 @@ def test_local_model_becomes_a_study_that_loads(empty, study, capsys):
         new_study.main([folder, "mine"])
 
 
+def save(folder, change=None, without=()):
+    """A model's small files in `folder`; `change` replaces keys of config.json."""
+    files = SMALL | {"config.json": json.dumps(CONFIG | (change or {})).encode()}
+    folder.mkdir(parents=True)
+    for name in files.keys() - set(without):
+        (folder / name).write_bytes(files[name])
+    return str(folder)
+
+
+AUTO_MAP = {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized already"),
         ({"model_type": "never-heard-of"}, "does not know this architecture"),
+        ({"model_type": "never-heard-of"} | AUTO_MAP, "the model's own code is not run"),
         ({"model_type": "vit"}, "not a decoder"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "not a decoder that writes text"),
+        ({"max_position_embeddings": 256}, r"its context of 256 tokens has no room .* answer of 256 tokens"),
+        ({"eos_token_id": None}, r"no eos_token_id.*generation_config\.json"),
+        ({"hidden_size": -1}, "does not know this architecture|not a decoder"),
     ],
 )
 def test_model_that_can_not_be_studied_is_refused(empty, change, message):
-    folder = empty / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG | change))
-    (folder / "model.safetensors").write_bytes(b"0")
     with pytest.raises(StudyError, match=message):
-        new_study.write(str(folder), "mine")
+        new_study.write(save(empty / "model", change), "mine")
     assert not (params.PARAMS / "mine").exists() and not list(params.PARAMS.glob(".new-*"))
 
 
+def test_code_of_a_model_is_not_run_nor_asked_for(empty, monkeypatch):
+    """A type that transformers knows is studied with transformers' own class."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    folder = save(empty / "model", AUTO_MAP)
+    (empty / "model/own.py").write_text("raise SystemExit('the model ran its code')")
+    assert new_study.write(folder, "mine").folder.is_dir()
+
+
 @pytest.mark.parametrize(
-    "model, study, message", [("/nowhere", "mine", "no config.json"), ("a/b", "../mine", "lower-case letters")]
+    "without, message",
+    [
+        ("config.json", "no config.json"),
+        ("model.safetensors", "no safetensors weights"),
+        ("tokenizer.json", "no tokenizer"),
+    ],
+)
+def test_files_that_a_model_lacks(empty, without, message):
+    with pytest.raises(StudyError, match=message):
+        new_study.write(save(empty / "model", without=[without]), "mine")
+
+
+def test_the_end_of_a_text_may_stand_in_generation_config(empty):
+    folder = save(empty / "model", {"eos_token_id": None})
+    with pytest.raises(StudyError, match="generation_config"):
+        new_study.write(folder, "mine")
+    (empty / "model/generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    assert new_study.write(folder, "mine").folder.is_dir()
+
+
+def test_sizes_fit_a_short_context(empty):
+    new_study.write(save(empty / "model", {"max_position_embeddings": 400}), "mine")
+    sizes = params.read_study("mine").benchmark
+    assert (sizes.cpu.prefill_tokens, sizes.cuda.prefill_tokens) == ([128], [128, 256])
+    assert sizes.cpu.batch_sizes == params.Sizes().batch_sizes
+    text = (params.PARAMS / "mine/study.yaml").read_text()
+    assert "batch_sizes" not in text and [p.name for p in (params.PARAMS / "mine").iterdir()] == ["study.yaml"]
+
+
+def test_a_mistyped_path_is_no_name_of_the_hub(empty, monkeypatch):
+    save(empty / "models/llama")
+    monkeypatch.chdir(empty)
+    assert new_study.write("models/llama", "right").folder.is_dir()
+
+    def missing(name, revision):
+        raise hub.HubError("missing", f"the hub has no model {name}")
+
+    monkeypatch.setattr(hub, "plan", missing)
+    with pytest.raises(StudyError, match=r"there is a folder models/ here, but no lama in it; correct the path"):
+        new_study.write("models/lama", "wrong")
+    with pytest.raises(StudyError, match="the hub has no model owner/lama"):
+        new_study.write("owner/lama", "wrong")
+
+
+@pytest.mark.parametrize(
+    "model, study, message",
+    [
+        ("/nowhere", "mine", "no config.json"),
+        ("a/b", "../mine", "lower-case letters"),
+        ("a/b", "reference", "lower-case letters"),
+        ("a/b", "two words", "lower-case letters"),
+    ],
 )
 def test_wrong_arguments(empty, model, study, message):
     with pytest.raises(StudyError, match=message):

@@ -41,7 +41,7 @@ def evaluate(study: Study, loaded: Loaded, lm: HFDialogue | None = None) -> dict
     Raises StudyError if a further task's name is unknown to lm-eval.
     """
     lm = lm or model(study, loaded)
-    metadata = {"source": study.data.source, "dialogues": study.data.dialogues, "revision": study.data.revision}
+    metadata = {"sources": [data.model_dump() for data in study.sources]}
     # lm-eval's own tasks are some 10,000 files to look through, for seconds: only where one of them is wanted.
     paths = [str(TASKS), *filter(None, [getattr(study.evaluation, "include_path", None)])]
     manager = TaskManager(include_path=paths, include_defaults=bool(study.evaluation.tasks), metadata=metadata)

@@ -40,6 +40,7 @@ from helpers.setup.layers import linear_layers
 PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
 HUB_COMMIT = re.compile(r"[0-9a-f]{40}")
 RANDOM = "random-tokens"
+AT_MOST, OF_RANDOM = 128, 16  # samples where the parameters name no number
 
 # ---- calibration text ----
 
@@ -59,14 +60,12 @@ def _plain(story: str) -> str:
 
 def check_unseen(dialogues: list[dict], study: Study) -> None:
     """Raises StudyError if one of `dialogues` is evaluated in this study, by its id or by its story."""
-    sources = getattr(study, "sources", [study.data] if study.data else [])
-    evaluated = [d for data in sources for d in coqa.read(data.source, data.dialogues, data.revision)]
+    evaluated = [d for data in study.sources for d in coqa.read(data.source, data.dialogues, data.revision)]
     ids, stories = {d["id"] for d in evaluated}, {_plain(d["story"]) for d in evaluated}
     for dialogue in dialogues:
         if dialogue["id"] in ids or _plain(dialogue["story"]) in stories:
             raise StudyError(
-                f"calibration.source: dialogue {dialogue['id']} is also evaluated in this study "
-                f"({study.data.source}); calibrate on other "
+                f"calibration.source: dialogue {dialogue['id']} is also evaluated in this study; calibrate on other "
                 "dialogues, such as embedded-held-out or a hub data set's train split"
             )
 
@@ -75,13 +74,14 @@ def _dialogues(study: Study, calibration: Calibration) -> list[dict]:
     """The dialogues that `calibration.seed` draws, in the order drawn."""
     # The hub's evaluated split is validation. A file or an embedded set has no splits.
     found = coqa.read(calibration.source, revision=calibration.revision, split="train")
-    if calibration.samples > len(found):
+    count = calibration.samples or max(1, min(len(found) * 4 // 5, AT_MOST))
+    if count > len(found):
         raise StudyError(
             f"calibration.samples: {calibration.samples} asked for, but {calibration.source} has {len(found)} "
             "dialogues; "
             "ask for at most that many"
         )
-    chosen = random.Random(calibration.seed).sample(found, calibration.samples)
+    chosen = random.Random(calibration.seed).sample(found, count)
     check_unseen(chosen, study)
     return chosen
 
@@ -91,9 +91,10 @@ def samples(study: Study, calibration: Calibration, tokenizer, vocabulary: int) 
 
     Raises StudyError if a dialogue is evaluated too, if there are too few, or if there is no tokenizer for text.
     """
+    calibration = calibration.resolved(study)
     if calibration.source == RANDOM:
         generator = torch.Generator().manual_seed(study.seed + calibration.seed)
-        shape = (calibration.samples, calibration.sequence_length)
+        shape = (calibration.samples or OF_RANDOM, calibration.sequence_length)
         ids = torch.randint(vocabulary, shape, generator=generator).tolist()
     elif tokenizer is None:
         raise StudyError(

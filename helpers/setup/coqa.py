@@ -1,26 +1,36 @@
-"""Dialogues in CoQA's format (Reddy et al., 2019, https://stanfordnlp.github.io/coqa/): read, check, shape.
+"""Dialogues in CoQA's format (Reddy et al., 2019, https://stanfordnlp.github.io/coqa/): read, check, convert.
 
-`read(source)` returns dialogues in the shape of the hub's EleutherAI/coqa, which lm-eval's `coqa` task expects: `id`, `source`,
-`story`, `questions` and `answers` as columns, `additional_answers` as columns per annotator ("0", "1", "2").
+    dialogues = coqa.read_all(study)           # of all the study's sources
+    python -m helpers.setup.coqa FILE          # what is right and what is wrong with a file
+    python -m helpers.setup.coqa convert FILE OUT.json       # from CSV or SQuAD-like JSON
 
-Sources: `embedded` (the project's own dialogues, CC0), `embedded-held-out` (for calibration, never evaluated), a hub name, or a path to
-a file: CoQA's official JSON, the same records as JSONL, or rows saved from the hub.
+A dialogue is read into the shape of the hub's EleutherAI/coqa, as far as lm-eval's `coqa` task reads it: `id`, `source`
+(its domain), `story`, `questions` and `answers` as columns `input_text` and `turn_id` (from 1), `additional_answers` as
+such columns by annotator. A file needs story, questions and answers; spans are not read. It may be CoQA's official
+JSON, a list of its records, one record alone or one a line, with rows, columns or plain strings as questions and
+answers.
 
-    python -m helpers.setup.coqa FILE        checks a file
+Sources: `embedded` (the project's own dialogues, CC0), `embedded-held-out` (for calibration, never evaluated), a data
+set of the hub (OWNER/NAME), or a path.
 """
 
 import json
+import math
+import re
 import sys
 from collections import Counter
 from itertools import chain, zip_longest
 from pathlib import Path
+from statistics import mean
 
 from helpers import ROOT, StudyError
-from helpers.setup import hub
+from helpers.params import Data, Study
+from helpers.setup import conversion, hub
 
 EMBEDDED = ROOT / "helpers" / "tasks" / "dialogues"
 HELD_OUT = "held_out.json"
-ANSWER_FIELDS = ("span_start", "span_end", "span_text", "input_text", "turn_id")
+CONVERT = "`python -m helpers.setup.coqa convert FILE OUT.json` makes one from CSV or SQuAD-like JSON"
+SHOWN = 12  # problems that the check of a file lists
 
 
 def read(
@@ -28,18 +38,17 @@ def read(
 ) -> list[dict]:
     """The first `dialogues` of a source (all by default). The embedded set alternates between its domains.
 
-    Raises StudyError that names file, record and field if a file is malformed, or the remedy if the hub can't be reached.
+    Raises StudyError that names file, record and field if a file is malformed, or the remedy if the hub can't be had.
     """
     if source == "embedded":
         files = [read_file(path) for path in sorted(EMBEDDED.glob("*.json")) if path.name != HELD_OUT]
         found = [d for d in chain.from_iterable(zip_longest(*files)) if d is not None]
     elif source == "embedded-held-out":
         found = read_file(EMBEDDED / HELD_OUT)
-    elif source.endswith((".json", ".jsonl")):
-        path = Path(source) if Path(source).is_absolute() else ROOT / source
-        found = read_file(path)
-    else:
+    elif hub.is_hub_data(source):
         found = _from_hub(source, revision, split)
+    else:
+        found = read_file(ROOT / Path(source).expanduser())
     if dialogues is not None and dialogues > len(found):
         raise StudyError(
             f"data.dialogues: {dialogues} asked for, but {source} has {len(found)}; ask for at most that many"
@@ -47,23 +56,58 @@ def read(
     return found[:dialogues]
 
 
-def describe(data) -> dict:
-    """Counts of a study's dialogues (`study.data`): in all, and per source (domain) mean story length in words and turns."""
-    found = read(data.source, data.dialogues, data.revision)
-    turns = [len(d["questions"]["input_text"]) for d in found]
-    sources: dict[str, dict] = {}
-    for name in dict.fromkeys(d["source"] for d in found):
-        mine = [d for d in found if d["source"] == name]
-        sources[name] = {
-            "dialogues": len(mine),
-            "questions": sum(len(d["questions"]["input_text"]) for d in mine),
-            "story_words_mean": round(sum(len(d["story"].split()) for d in mine) / len(mine), 1),
-        }
-    return {"source": data.source, "dialogues": len(found), "questions": sum(turns), "sources": sources}
+def read_sources(sources: list[Data], at_most: int | None = None) -> list[dict]:
+    """The dialogues of several sources, each with `data_set`, the source's name; of each source `at_most` so many.
+
+    Ids are unique: with several sources each begins with its source's name and a slash. Raises StudyError, as `read`
+    does.
+    """
+    found = []
+    for data in sources:
+        prefix = f"{data.name}/" if len(sources) > 1 else ""
+        for dialogue in read(data.source, data.dialogues, data.revision)[:at_most]:
+            found.append(dialogue | {"data_set": data.name, "id": prefix + dialogue["id"]})
+    return found
+
+
+def read_all(study: Study, at_most: int | None = None) -> list[dict]:
+    """The dialogues of all sources of a study (`read_sources`); empty for a study of hardware only."""
+    return read_sources(study.sources, at_most)
+
+
+def _counts(dialogues: list[dict]) -> dict:
+    return {
+        "dialogues": len(dialogues),
+        "questions": sum(len(d["questions"]["input_text"]) for d in dialogues),
+        "story_words_mean": round(mean(len(d["story"].split()) for d in dialogues), 1),
+    }
+
+
+def describe(study: Study) -> dict | None:
+    """What a study asks: dialogues, questions, and `data_sets`, a row for each domain of a data set. None: hardware
+    only.
+
+    A row holds name, source (a file without its folder), revision, licence, domain, dialogues, questions,
+    story_words_mean.
+    """
+    found = read_all(study)
+    rows = []
+    for data in study.sources:
+        source = data.source if hub.is_hub_data(data.source) else Path(data.source).name
+        about = {"name": data.name, "source": source, "revision": data.revision}
+        about["licence"] = data.licence or ("CC0 1.0" if data.source == "embedded" else None)
+        mine = [d for d in found if d["data_set"] == data.name]
+        for domain in dict.fromkeys(d["source"] for d in mine):
+            rows.append(about | {"domain": domain} | _counts([d for d in mine if d["source"] == domain]))
+    total = {key: sum(row[key] for row in rows) for key in ("dialogues", "questions")}
+    return total | {"data_sets": rows} if rows else None
+
+
+# ---- reading ----
 
 
 def _from_hub(name: str, revision: str | None, split: str) -> list[dict]:
-    """Rows of a data set of the hub, through helpers.hub (whose errors and offline cache hold), in the shape of `read`."""
+    """Rows of a data set of the hub, through helpers.setup.hub, whose errors and offline cache hold."""
     from datasets import load_dataset  # takes seconds, and only hub data needs it
 
     folder = hub.snapshot(name, revision, "dataset")
@@ -73,165 +117,226 @@ def _from_hub(name: str, revision: str | None, split: str) -> list[dict]:
     except Exception as error:  # the library raises its own errors, pyarrow's and plain ValueErrors
         said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise StudyError(f"{where}: could not be read ({said}); name a data set in CoQA's format") from error
-    return [_hub_row(row, f"{where}: record {number}") for number, row in enumerate(rows, 1)]
-
-
-def _hub_row(row: dict, where: str) -> dict:
-    """A row in the shape of `read`. Its spans are not checked: CoQA itself has some that do not lie in the story."""
-    if missing := [f for f in ("id", "story", "questions", "answers") if not row.get(f)]:
-        raise StudyError(f"{where}: field '{missing[0]}' is missing or empty; name a data set in CoQA's format")
-    extra = (row.get("additional_answers") or {}).items()
-    return {
-        "id": str(row["id"]),
-        "source": str(row.get("source", "")),
-        "story": row["story"],
-        "questions": _columns(row["questions"], ("input_text", "turn_id"), f"{where}: field 'questions'"),
-        "answers": _columns(row["answers"], ANSWER_FIELDS, f"{where}: field 'answers'"),
-        "additional_answers": {
-            k: _columns(v, ANSWER_FIELDS, f"{where}: field 'additional_answers.{k}'") for k, v in extra if v
-        },
-    }
+    return _first_problem(*_dialogues(rows, where, name.rpartition("/")[2]), "name a data set in CoQA's format")
 
 
 def read_file(path: Path) -> list[dict]:
     """All dialogues of one file, checked. Raises StudyError naming file, record and field."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(
-            f"{path}: cannot be read as UTF-8 text ({error.__class__.__name__}); data.source names a CoQA file"
-        ) from None
-    records = _records(text, path)
-    if not records:
-        raise StudyError(f"{path}: holds no dialogue")
-    found = [
-        _dialogue(record, f"{path}: record {n} ({record.get('id', 'no id')})") for n, record in enumerate(records, 1)
-    ]
-    for what, count in Counter(d["id"] for d in found).items():
-        if count > 1:
-            raise StudyError(f"{path}: id '{what}' stands {count} times; every dialogue needs its own")
-    for story, count in Counter(d["story"] for d in found).items():
-        if count > 1 and Path(path).parent == EMBEDDED:
-            raise StudyError(f"{path}: the story that begins '{story[:40]}' stands {count} times")
+    more = f"`python -m helpers.setup.coqa {path}` lists all that is wrong"
+    return _first_problem(*_dialogues(_records(path), str(path), Path(path).stem), more)
+
+
+def _first_problem(found: list[dict], problems: list[str], more: str) -> list[dict]:
+    if problems:
+        raise StudyError(problems[0] + (f" (and {len(problems) - 1} more; {more})" if len(problems) > 1 else ""))
     return found
 
 
-def _records(text: str, path) -> list[dict]:
-    if str(path).endswith(".jsonl"):
-        records = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise StudyError(f"{path}, line {number}: not JSON: {error.msg}") from None
-    else:
+def _records(path: Path) -> list:
+    """The records of a JSON or JSONL file, told apart by what they hold."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise StudyError(
+            f"{path}: cannot be read ({error.strerror}); data.source is embedded, OWNER/NAME of the hub, or a file"
+        ) from None
+    except UnicodeDecodeError:
+        raise StudyError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+    start = 1
+    try:
         try:
             whole = json.loads(text)
         except json.JSONDecodeError as error:
-            raise StudyError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
-        records = whole.get("data") if isinstance(whole, dict) else whole
-        if not isinstance(records, list):
-            raise StudyError(f"{path}: expected CoQA's {{'version': ..., 'data': [...]}} or a list of dialogues")
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise StudyError(f"{path}: record {number}: expected an object, found {type(record).__name__}")
+            if error.msg != "Extra data":
+                raise
+            whole = []
+            # Not splitlines: JSON strings may hold Unicode's other line separators.
+            for start, line in enumerate(text.split("\n"), 1):  # noqa: B007
+                whole += [json.loads(line)] if line.strip() else []
+            start = 1
+    except json.JSONDecodeError as error:
+        line = start + error.lineno - 1
+        raise StudyError(f"{path}, line {line}: not JSON: {error.msg}; {CONVERT}") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits; thousands of brackets
+        raise StudyError(f"{path}: not JSON that can be read: a number too long, or brackets too deep") from None
+    records = [whole] if isinstance(whole, dict) and not isinstance(whole.get("data"), list) else whole
+    records = records["data"] if isinstance(records, dict) else records
+    if not isinstance(records, list) or not records:
+        raise StudyError(
+            f"{path}: holds no dialogue; expected CoQA's {{'data': [...]}}, a list of records, or one a line"
+        )
     return records
 
 
-def _dialogue(record: dict, where: str) -> dict:
-    for field in ("id", "story", "questions", "answers"):
-        if not record.get(field):
-            raise StudyError(f"{where}: field '{field}' is missing or empty")
-    story = record["story"]
-    if not isinstance(story, str):
-        raise StudyError(f"{where}: field 'story': expected text, found {type(story).__name__}")
-    questions = _columns(record["questions"], ("input_text", "turn_id"), f"{where}: field 'questions'")
-    turns = len(questions["input_text"])
-    sets = {"answers": record["answers"]}
-    sets |= {f"additional_answers.{k}": v for k, v in sorted((record.get("additional_answers") or {}).items()) if v}
-    columns = {}
-    for name, answers in sets.items():
-        columns[name] = _columns(answers, ANSWER_FIELDS, f"{where}: field '{name}'")
-        if len(columns[name]["input_text"]) != turns:
-            raise StudyError(
-                f"{where}: field '{name}': {len(columns[name]['input_text'])} answers to {turns} questions"
+def _dialogues(records: list, where: str, name: str) -> tuple[list[dict], list[str]]:
+    """What can be read of the records, and a sentence for each that cannot."""
+    found, problems = [], []
+    for number, record in enumerate(records, 1):
+        given = record.get("id") if isinstance(record, dict) else None
+        label = "no id" if given is None else str(given)[:60] if str(given).isprintable() else repr(given)[:60]
+        try:
+            found.append(_dialogue(record, f"{name}-{number}", name))
+        except StudyError as error:
+            problems.append(f"{where}: record {number} ({label}): {error}")
+    for what, count in Counter(d["id"] for d in found).items():
+        if count > 1:
+            problems.append(f"{where}: id '{what}' stands {count} times; every dialogue needs its own, or none")
+    return found, problems
+
+
+def _dialogue(record, number: str, name: str) -> dict:
+    """One record in the shape of this module. Raises StudyError naming the field and turn."""
+    if not isinstance(record, dict):
+        raise StudyError(f"expected an object, found {type(record).__name__}")
+    for field in ("story", "questions", "answers"):
+        if record.get(field) in (None, "", [], {}):
+            other = (
+                "; it looks like SQuAD's layout: " + CONVERT if {"paragraphs", "context", "qas"} & set(record) else ""
             )
-        _check_answers(columns[name], story, f"{where}: field '{name}'")
+            raise StudyError(f"field '{field}' is missing or empty{other}")
+    questions, ids = _turns(record["questions"], "field 'questions'")
+    sets = {"answers": record["answers"]}
+    sets |= {f"additional_answers.{k}": v for k, v in _annotators(record.get("additional_answers")).items()}
+    columns = {}
+    for field, given in sets.items():
+        texts, turn_ids = _turns(given, f"field '{field}'")
+        if len(texts) != len(questions):
+            raise StudyError(f"field '{field}': {len(texts)} answers to {len(questions)} questions")
+        if ids and turn_ids and [i - ids[0] for i in ids] != [i - turn_ids[0] for i in turn_ids]:
+            raise StudyError(f"field '{field}': its turn_ids are not those of the questions")
+        columns[field] = {"input_text": texts, "turn_id": list(range(1, len(texts) + 1))}
+    given = record.get("id")
     return {
-        "id": str(record["id"]),
-        "source": str(record.get("source", "")),
-        "story": story,
-        "questions": questions,
+        "id": number if given in (None, "") else _label(given, "field 'id'"),
+        "source": _label(record.get("source") or name, "field 'source'"),
+        "story": _text(record["story"], "field 'story'"),
+        "questions": {"input_text": questions, "turn_id": list(range(1, len(questions) + 1))},
         "answers": columns.pop("answers"),
-        "additional_answers": {name.split(".")[1]: value for name, value in columns.items()},
+        "additional_answers": {field.partition(".")[2]: value for field, value in columns.items()},
     }
 
 
-def _columns(value, fields: tuple[str, ...], where: str) -> dict[str, list]:
-    """Rows (CoQA's own files) or columns (the hub's) as columns."""
-    if isinstance(value, dict):
-        missing = [f for f in fields if f not in value]
-        if missing:
-            raise StudyError(f"{where}: '{missing[0]}' is missing")
-        return {f: list(value[f]) for f in fields}
-    if not isinstance(value, list):
-        raise StudyError(f"{where}: expected a list, found {type(value).__name__}")
-    for turn, row in enumerate(value, 1):
-        for field in fields:
-            if not isinstance(row, dict) or field not in row:
-                raise StudyError(f"{where}, turn {turn}: '{field}' is missing")
-    return {f: [row[f] for row in value] for f in fields}
+def _annotators(given) -> dict:
+    """Further answers by annotator: an object of them, a list of them, or one annotator's alone."""
+    if isinstance(given, dict):
+        given = {"0": given} if "input_text" in given else given
+    elif isinstance(given, list):
+        several = all(not one or isinstance(one, list) or (isinstance(one, dict) and _is_column(one)) for one in given)
+        given = {str(n): one for n, one in enumerate(given)} if several else {"0": given}
+    elif given is not None:
+        raise StudyError(f"field 'additional_answers': expected an object of annotators, found {type(given).__name__}")
+    return {k: v for k, v in (given or {}).items() if v and not (isinstance(v, dict) and not v.get("input_text", 1))}
 
 
-def _check_answers(columns: dict, story: str, where: str) -> None:
-    for turn, (text, turn_id) in enumerate(zip(columns["input_text"], columns["turn_id"], strict=True), 1):
-        if not isinstance(text, str):
-            raise StudyError(f"{where}, turn {turn}: 'input_text': expected text, found {type(text).__name__}")
-        if turn_id != turn:
-            raise StudyError(f"{where}, turn {turn}: 'turn_id' is {turn_id!r}, expected {turn}")
-        start, end = columns["span_start"][turn - 1], columns["span_end"][turn - 1]
-        if start == -1:  # unanswerable
-            continue
-        if not (isinstance(start, int) and isinstance(end, int) and 0 <= start < end <= len(story)):
-            raise StudyError(
-                f"{where}, turn {turn}: 'span_start' {start!r} and 'span_end' {end!r} do not lie in the story"
-            )
+def _is_column(given: dict) -> bool:
+    return isinstance(given.get("input_text"), list)
 
 
-def check_embedded(path: Path) -> None:
-    """What the project's own files promise beyond CoQA's format: every span is the story's text letter for letter, four answers to every
-    question, 150 to 400 words, 8 to 15 turns, no question twice in a dialogue. Raises StudyError."""
-    for d in read_file(path):
-        where = f"{path}: {d['id']}"
-        words, turns = len(d["story"].split()), len(d["questions"]["input_text"])
-        if not 150 <= words <= 400:
-            raise StudyError(f"{where}: the story has {words} words, expected 150 to 400")
-        if not 8 <= turns <= 15:
-            raise StudyError(f"{where}: {turns} turns, expected 8 to 15")
-        if len({q.strip().lower() for q in d["questions"]["input_text"]}) != turns:
-            raise StudyError(f"{where}: a question stands twice")
-        if len(d["additional_answers"]) != 3:
-            raise StudyError(f"{where}: {len(d['additional_answers'])} additional answer sets, expected 3")
-        for columns in (d["answers"], *d["additional_answers"].values()):
-            for turn, (start, end, span, text) in enumerate(
-                zip(
-                    columns["span_start"], columns["span_end"], columns["span_text"], columns["input_text"], strict=True
-                ),
-                1,
-            ):
-                if start == -1 and (span, text.lower()) != ("unknown", "unknown"):
-                    raise StudyError(f"{where}, turn {turn}: no span, so the answer must be 'unknown', not '{text}'")
-                if start != -1 and d["story"][start:end] != span:
-                    raise StudyError(
-                        f"{where}, turn {turn}: the story has '{d['story'][start:end]}' at the span, not '{span}'"
-                    )
+def _turns(given, where: str) -> tuple[list[str], list[int] | None]:
+    """Texts and turn_ids (None if there are none) of rows (CoQA's files), columns (the hub's) or plain strings."""
+    if isinstance(given, dict):
+        if not _is_column(given):
+            raise StudyError(f"{where}: 'input_text' is missing or no list")
+        texts, ids = given["input_text"], given.get("turn_id") or [None] * len(given["input_text"])
+        if not isinstance(ids, list) or len(ids) != len(texts):
+            raise StudyError(f"{where}: columns of unequal length")
+    elif isinstance(given, list):
+        rows = [row if isinstance(row, dict) else {"input_text": row} for row in given]
+        for turn, row in enumerate(rows, 1):
+            if "input_text" not in row:
+                raise StudyError(f"{where}, turn {turn}: 'input_text' is missing")
+        texts, ids = [row["input_text"] for row in rows], [row.get("turn_id") for row in rows]
+    else:
+        raise StudyError(f"{where}: expected a list, found {type(given).__name__}")
+    texts = [_text(text, f"{where}, turn {turn}") for turn, text in enumerate(texts, 1)]
+    if all(i is None for i in ids):
+        return texts, None
+    before = -math.inf
+    for turn, turn_id in enumerate(ids, 1):
+        if isinstance(turn_id, bool) or not re.fullmatch(r"\d{1,9}", str(turn_id), re.ASCII):
+            raise StudyError(f"{where}, turn {turn}: 'turn_id' is {turn_id!r}, expected a number")
+        if int(turn_id) <= before:
+            raise StudyError(f"{where}, turn {turn}: 'turn_id' is {turn_id} after {before}; write the turns in order")
+        before = int(turn_id)
+    return texts, [int(i) for i in ids]
+
+
+def _text(given, where: str) -> str:
+    if isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
+        given = str(given)
+    if not isinstance(given, str):
+        raise StudyError(f"{where}: expected text, found {'null' if given is None else type(given).__name__}")
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise StudyError(
+            f"{where}: holds half of a character (a lone surrogate); save the text again as UTF-8"
+        ) from None
+    return given
+
+
+def _label(given, where: str) -> str:
+    """Text of one line: it goes into tables and onto terminals."""
+    text = _text(given, where)
+    if not text.isprintable():
+        raise StudyError(f"{where}: {text!r} holds control characters")
+    return text
+
+
+# ---- the command line ----
+
+
+def report(path: Path) -> bool:
+    """Print what is right and wrong with a file; true if it can be used. Raises StudyError if it can't be read at
+    all."""
+    found, problems = _dialogues(_records(path), str(path), Path(path).stem)
+    if found:
+        turns = [len(d["questions"]["input_text"]) for d in found]
+        words = [len(d["story"].split()) for d in found]
+        references = [1 + len(d["additional_answers"]) for d in found]
+        print(f"{path}: {len(found):,} dialogues, {sum(turns):,} questions")
+        print(f"  questions in a dialogue {min(turns)} to {max(turns)}; words in a story {min(words)} to {max(words)}")
+        print(f"  answers to a question {min(references)} to {max(references)}; one or more are needed")
+        domains = Counter(d["source"] for d in found)
+        print(f"  domains: {', '.join(f'{name} {count}' for name, count in domains.most_common(8))}")
+        for what, columns in {"questions": "questions", "first answers": "answers"}.items():
+            if empty := sum(not text.strip() for d in found for text in d[columns]["input_text"]):
+                print(f"  {empty} empty {what}")
+        same = len(found) - len({d["story"] for d in found})
+        print(f"  {same} dialogues share a story with another" if same else "  every story stands once")
+    for problem in problems[:SHOWN]:
+        print(f"WRONG: {problem}")
+    if len(problems) > SHOWN:
+        print(f"WRONG: and {len(problems) - SHOWN} more")
+    print("it cannot be used yet" if problems else f"use it: data: {{source: {path}}}")
+    return not problems
+
+
+def convert(source: Path, target: Path) -> None:
+    """Write CoQA's JSON from a file that helpers.setup.conversion knows. Raises StudyError if it can't, or if OUT is
+    there."""
+    if target.exists():
+        raise StudyError(f"{target} is there already; name another file, or remove it first")
+    given = _records(source) if source.suffix.lower() in (".json", ".jsonl", ".ndjson") else None
+    records, skipped = conversion.from_table(source) if given is None else conversion.from_json(given, source)
+    _first_problem(*_dialogues(records, str(source), source.stem), "put these right first")
+    target.write_text(json.dumps({"version": "1.0", "data": records}, ensure_ascii=False, indent=1), encoding="utf-8")
+    if skipped:
+        print(f"{skipped} questions left out: no story, no question or no answer")
+
+
+def main(argv: list[str]) -> None:
+    if not argv or (argv[0] == "convert" and len(argv) != 3):
+        raise SystemExit("usage: python -m helpers.setup.coqa FILE ...   or   convert FILE OUT.json")
+    try:
+        if argv[0] == "convert":
+            convert(Path(argv[1]), Path(argv[2]))
+            argv = argv[2:]
+        usable = [report(Path(name)) for name in argv]
+    except StudyError as error:
+        raise SystemExit(str(error)) from None
+    raise SystemExit(not all(usable))
 
 
 if __name__ == "__main__":
-    try:
-        for name in sys.argv[1:]:
-            found = read_file(Path(name))
-            print(f"{name}: {len(found)} dialogues, {sum(len(d['questions']['input_text']) for d in found)} questions")
-    except StudyError as error:
-        raise SystemExit(str(error)) from None
+    main(sys.argv[1:])

@@ -206,7 +206,7 @@ def check(study) -> dict:
     found = {}
     if study.model.source == "hub":
         found["model"] = plan(study.model.name, study.model.revision)
-    for data in getattr(study, "sources", [study.data] if study.data else []):
+    for data in study.sources:
         if is_hub_data(data.source):
             found["data"] = plan(data.source, data.revision, "dataset")
     return found

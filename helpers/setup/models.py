@@ -63,9 +63,7 @@ class Loaded(NamedTuple):
 
 def sized(study: Study) -> Study:
     """The study with as many dialogues as this machine is asked for (`data.dialogues_on_cpu`)."""
-    if study.data is None or study.data.dialogues_on_cpu is None or torch.cuda.is_available():
-        return study
-    return study.model_copy(update={"data": study.data.model_copy(update={"dialogues": study.data.dialogues_on_cpu})})
+    return study if torch.cuda.is_available() else study.on_cpu()
 
 
 # ---- files ----
@@ -271,7 +269,7 @@ def load(study: Study, configuration: Configuration) -> Loaded:
     options, method = configuration.quantization, METHODS[configuration.quantization.method]
     source = prepare(study)
     integrity.verify(study, Path(source))
-    own = methods.kernel_dtype(options) or getattr(study, "dtype", "auto")
+    own = methods.kernel_dtype(options) or study.dtype
     wanted = configuration.dtype if configuration.dtype != "auto" else own
     device, dtype, reason = device_and_dtype(wanted, _config(study, source).dtype)
     tokenizer = _tokenizer(study, source)

@@ -1,18 +1,23 @@
-"""The tasks coqa_turns and coqa_last_turns: lm-eval's own CoQA, prompt and metric, over any source of dialogues and any turn.
+"""The tasks coqa_turns and coqa_last_turns: lm-eval's own CoQA, prompt and metric, over any sources of dialogues and
+any turn.
 
-Their data comes from helpers.coqa; `source`, `dialogues` and `revision` may be given through lm-eval's --metadata, through
-`TaskManager(metadata=...)` or as the task's `dataset_kwargs`. On lm-eval's command line the metadata holds the model's own arguments as
-well, so that `revision` is the model's there: the data's is called `data_revision`.
+Their data comes from helpers.setup.coqa. `source`, `dialogues` and `revision`, or several `sources` as a study's
+`data`, may be given through lm-eval's --metadata, through `TaskManager(metadata=...)` or as the task's
+`dataset_kwargs`. On lm-eval's command line the metadata holds the model's own arguments as well, so that `revision`
+is the model's there: the data's is called `data_revision`.
 
-    python -m helpers.evaluate.hf_dialogue run --model hf-dialogue --model_args pretrained=MODEL,answer_line=True --tasks coqa_turns \\
+    python -m helpers.evaluate.hf_dialogue run --model hf-dialogue --model_args pretrained=MODEL,answer_line=True
+    --tasks coqa_turns \\
         --include_path helpers/tasks --metadata '{"source": "EleutherAI/coqa", "dialogues": 100}'
 """
 
+import json
 from functools import lru_cache
 
 from datasets import Dataset
 from lm_eval.tasks.coqa import utils as upstream
 
+from helpers.params import Data
 from helpers.setup import coqa
 
 
@@ -33,7 +38,8 @@ def cut(dialogue: dict, turns: int) -> dict:
 
 
 def turns(dialogues: list[dict]) -> list[dict]:
-    """Every turn as a document: `id`, `turn` (from 1), `last_turn`, and the dialogue up to it, gold history included."""
+    """Every turn as a document: `id`, `turn` (from 1), `last_turn`, and the dialogue up to it, gold history
+    included."""
     documents = []
     for dialogue in dialogues:
         count = len(dialogue["questions"]["input_text"])
@@ -43,38 +49,41 @@ def turns(dialogues: list[dict]) -> list[dict]:
 
 
 @lru_cache(maxsize=4)
-def _documents(source: str, dialogues: int | None, revision: str | None, last: bool) -> Dataset:
-    found = turns(coqa.read(source, dialogues, revision))
-    found = [d for d in found if d["last_turn"] or not last]
+def _documents(sources: str, last: bool) -> Dataset:
+    """Documents of `sources` (a study's `data` as JSON): id, turn, data_set (the source's name), source (the
+    domain)."""
+    documents = turns(coqa.read_sources([Data.model_validate(data) for data in json.loads(sources)]))
     # A document is a row of its own text: prompt and references are computed here, once, so that a row stays small.
     return Dataset.from_list(
         [
-            {
-                "id": d["id"],
-                "source": d["source"],
-                "turn": d["turn"],
-                "last_turn": d["last_turn"],
+            {key: d[key] for key in ("id", "data_set", "source", "turn", "last_turn")}
+            | {
                 "question": d["questions"]["input_text"][-1],
                 "text": upstream.doc_to_text(d),
                 "references": upstream.doc_to_target(d),
             }
-            for d in found
+            for d in documents
+            if d["last_turn"] or not last
         ]
     )
 
 
-def _revision(metadata: dict) -> str | None:
-    return metadata.get("data_revision") or (None if "pretrained" in metadata else metadata.get("revision"))
+def _sources(metadata: dict) -> str:
+    if "sources" in metadata:
+        return json.dumps(metadata["sources"])
+    revision = metadata.get("data_revision") or (None if "pretrained" in metadata else metadata.get("revision"))
+    one = {"source": metadata.get("source", "embedded"), "dialogues": metadata.get("dialogues"), "revision": revision}
+    return json.dumps([one])
 
 
-def dataset(source="embedded", dialogues=None, **metadata) -> dict[str, Dataset]:
-    """lm-eval's `custom_dataset` for coqa_turns. Raises StudyError if the source can't be read."""
-    return {"validation": _documents(source, dialogues, _revision(metadata), last=False)}
+def dataset(**metadata) -> dict[str, Dataset]:
+    """lm-eval's `custom_dataset` for coqa_turns. Raises StudyError if a source can't be read."""
+    return {"validation": _documents(_sources(metadata), last=False)}
 
 
-def last_turns(source="embedded", dialogues=None, **metadata) -> dict[str, Dataset]:
+def last_turns(**metadata) -> dict[str, Dataset]:
     """lm-eval's `custom_dataset` for coqa_last_turns: what the stock task `coqa` asks."""
-    return {"validation": _documents(source, dialogues, _revision(metadata), last=True)}
+    return {"validation": _documents(_sources(metadata), last=True)}
 
 
 def doc_to_text(doc: dict) -> str:
@@ -86,6 +95,7 @@ def doc_to_target(doc: dict) -> list[str]:
 
 
 def process_results(doc: dict, results: list[str]) -> dict:
-    """Exact match and F1 of the prediction's first line, leave-one-out over references (lm_eval/tasks/coqa/utils.py)."""
+    """Exact match and F1 of the prediction's first line, leave-one-out over references
+    (lm_eval/tasks/coqa/utils.py)."""
     prediction = results[0].strip().split("\n")[0]
     return upstream.compute_scores(doc["references"], prediction)

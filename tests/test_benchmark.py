@@ -22,7 +22,7 @@ HARDWARE = {"copy_bandwidth_gb_per_second": 1000.0, "matmul_tflops": 100.0}
 
 @pytest.fixture(scope="module")
 def sizes():
-    return params.CPUSizes(
+    return params.Sizes(
         prefill_tokens=[8, 16], batch_sizes=[1, 2], prompt_tokens=8, contexts=[24], decode_tokens=4, repeats=3, warmup=1
     )
 

@@ -264,7 +264,7 @@ def test_yaml_that_is_no_utf8_text_or_no_file(tmp_path):
     (tmp_path / "c.yaml").write_text("")
     (tmp_path / "d.yaml").mkdir()
     said = {
-        "a": "save it as UTF-8",
+        "a": "not UTF-8 text; save it as UTF-8",
         "b": "not YAML: unacceptable",
         "c": "expected keys and values",
         "d": "cannot be read",

@@ -33,7 +33,7 @@ def dialogues(study: Study) -> list[dict]:
     """Those that 03 reads: of each source at most `fidelity.dialogues`."""
     if hasattr(coqa, "read_all"):
         return coqa.read_all(study, study.fidelity.dialogues)
-    return coqa.read(study.data.source, study.fidelity.dialogues or study.data.dialogues, study.data.revision)
+    return coqa.read_all(study, study.fidelity.dialogues)
 
 
 def encode(dialogues: list[dict], tokenizer, limit: int | None = None) -> tuple[list[Text], list[dict]]:

@@ -304,7 +304,7 @@ def read_study(study: str) -> Study:
     path = folder(study) / "study.yaml"
     result = validate(Study, read_yaml(path), f"params/{study}/study.yaml")
     if result.study != study:
-        raise StudyError(f"params/{study}/study.yaml: 'study' is '{result.study}', expected its folder's name '{study}'")
+        raise StudyError(f"params/{study}/study.yaml: 'study' is '{result.study}', not its folder's name '{study}'")
     return result
 
 

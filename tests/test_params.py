@@ -44,7 +44,7 @@ def test_every_study_in_the_project_is_valid(path):
         ({"seed": "many"}, "'seed' is 'many', expected a whole number"),
         ({"model": {"source": "pakage", "name": "x"}}, "did you mean 'package'?"),
         ({"model": {"source": "random", "name": "x"}}, "architecture belongs to source: random"),
-        ({"study": "two"}, "'study' is 'two', expected its folder's name 'one'"),
+        ({"study": "two"}, "'study' is 'two', not its folder's name 'one'"),
     ],
 )
 def test_a_wrong_study_is_explained(folder, change, said):

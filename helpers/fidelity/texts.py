@@ -31,8 +31,6 @@ class Text(NamedTuple):
 
 def dialogues(study: Study) -> list[dict]:
     """Those that 03 reads: of each source at most `fidelity.dialogues`."""
-    if hasattr(coqa, "read_all"):
-        return coqa.read_all(study, study.fidelity.dialogues)
     return coqa.read_all(study, study.fidelity.dialogues)
 
 

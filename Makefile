@@ -85,14 +85,18 @@ again: ## measure the hardware in one more process
 check: $(ENV)
 	@$(NB) check "$(STUDY)" $(CONFIGS)
 
-# $(1) target notebook  $(2) notebook  $(3) configuration  $(4) its result  $(5) prerequisites  $(6) further parameters
+# $(1) target notebook  $(2) notebook  $(3) configuration  $(4) its result  $(5) prerequisites  $(6) further parameters  $(7) group
 # The result is a target as well: whoever deletes it gets it made again.
 define CONFIGURATION_RULE
-measure: $(OUT)/$(3)/$(1).ipynb
+$(if $(7),$(7),hardware): $(OUT)/$(3)/$(1).ipynb
 $(OUT)/$(3)/$(1).ipynb $(OUT)/$(3)/$(4).json &: notebooks/$(2).ipynb $(STUDY_FILE) $(call files,$(3)) $(OUT)/00_setup.ipynb $(5) $(METHODS_READY)
 	@$(RUN) $$(NB) run notebooks/$(2).ipynb "$(OUT)/$(3)/$(1).ipynb" -f $(STUDY_FILE) $(patsubst %,-f %,$(call files,$(3))) $(6)
 endef
 files = $(wildcard params/formats/$(1).yaml params/$(STUDY)/$(1).yaml)
+.PHONY: hardware accuracy
+measure: hardware accuracy
+hardware: ## run 02 alone, in PROCESSES processes
+accuracy: ## run 01 and 03 alone
 # A study without dialogues measures hardware only.
 HAS_DATA := $(shell grep -s '^data:' $(STUDY_FILE))
 FURTHER := $(wordlist 2,$(PROCESSES),1 2 3 4 5 6 7 8 9)
@@ -101,9 +105,9 @@ ifeq ($(RESULTS),)
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark,02_benchmark,$(c),benchmark,$(BENCHMARK))))
 $(foreach n,$(FURTHER),$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark_$(n),02_benchmark,$(c),benchmark_$(n),$(BENCHMARK),-p process $(n)))))
 ifneq ($(HAS_DATA),)
-$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,01_evaluate,01_evaluate,$(c),evaluation,$(EVALUATE))))
-$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,03_fidelity,03_fidelity,$(c),fidelity,$(FIDELITY))))
-measure: $(OUT)/03_weights.ipynb
+$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,01_evaluate,01_evaluate,$(c),evaluation,$(EVALUATE),,accuracy)))
+$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,03_fidelity,03_fidelity,$(c),fidelity,$(FIDELITY),,accuracy)))
+accuracy: $(OUT)/03_weights.ipynb
 $(OUT)/03_weights.ipynb $(OUT)/weights.json &: notebooks/03_weights.ipynb $(STUDY_FILE) $(OUT)/00_setup.ipynb $(FIDELITY) $(EVALUATE)
 	@$(RUN) $(NB) run notebooks/03_weights.ipynb "$(OUT)/03_weights.ipynb" -f $(STUDY_FILE)
 endif

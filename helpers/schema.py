@@ -16,7 +16,9 @@ Kind = Literal["setup", "evaluation", "benchmark", "fidelity", "weights"]
 
 class Setup(Data):
     weights: dict  # source, name, folder's files with sha256 and bytes, parameters
-    data: dict | None  # source, dialogues, questions, words per story; none for a hardware study
+    # dialogues, questions, data_sets (a row per domain: name, source, revision, licence, domain, dialogues, questions,
+    # story_words_mean); None for a hardware study
+    data: dict | None
     environment: dict  # what 00_setup showed: device, dtype and its reason
 
 

@@ -164,7 +164,7 @@ def test_samples_are_cut_and_recorded(study, load):
 
 def test_seed_draws_the_samples(study):
     drawn = [
-        [d["id"] for d in calibrated._dialogues(study, params.Calibration(samples=16, seed=seed))]
+        [d["id"] for d in calibrated._dialogues(study, params.Calibration(samples=16, seed=seed).resolved(study))]
         for seed in (0, 0, 1, 2)
     ]
     assert drawn[0] == drawn[1] and len({frozenset(ids) for ids in drawn}) == 3

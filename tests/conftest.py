@@ -19,6 +19,7 @@ TINY = {
     "prefill_tokens": [16, 32],
     "batch_sizes": [1, 2],
     "prompt_tokens": 16,
+    "contexts": [24],
     "decode_tokens": 4,
     "repeats": 3,
     "warmup": 1,

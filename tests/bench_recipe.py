@@ -53,7 +53,7 @@ def main() -> None:
     full = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True).to(device).eval()
     rows = []
     for seed in options.seeds:
-        calibration = params.Calibration(samples=SAMPLES, seed=seed)
+        calibration = params.Calibration(source="embedded-held-out", samples=SAMPLES, seed=seed)
         drawn = {d["id"] for d in calibrated._dialogues(study, calibration)}
         ids, _ = calibrated.samples(study, calibration, tokenizer, 0)
         others = [d for d in coqa.read(calibration.source) if d["id"] not in drawn]

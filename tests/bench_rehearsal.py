@@ -184,7 +184,7 @@ def run(where: Path, *arguments: str, url: str, token: str | None) -> tuple[int,
 def rehearse(scratch: Path, tiny: bool, counts: dict[str, int], configs: list[str]) -> dict:
     """Seconds per notebook, memory, and what a user without access reads first."""
     study = params.read_study(STUDY)
-    data = getattr(study, "sources", [study.data])[0]
+    data = study.sources[0]
     made, tables = scratch / "made", scratch / "tables"
     tables.mkdir()
     files = model(made, tiny)

@@ -30,8 +30,8 @@ for (const link of links.values()) link.addEventListener("click", () => { if (fo
 
 // ---- tables ----
 const text = (row, column) => row.cells[column]?.textContent.trim() ?? "";
-function value(cell) { // the first number of a cell; a dash or no text is missing
-  const found = cell.replace(/\u2212/g, "-").replace(/(\d),(?=\d{3})/g, "$1").match(/^[<\s]*([+-]?\d+(\.\d+)?(e[+-]?\d+)?)/i);
+function value(cell) { // the number that a cell begins with (1.5x, 97% [90, 99]); a date or a version is text
+  const found = cell.replace(/\u2212/g, "-").replace(/(\d),(?=\d{3})/g, "$1").match(/^[<\s]*([+-]?\d+(\.\d+)?(e[+-]?\d+)?)(?=$|[\s%x[(])/i);
   return found ? Number(found[1]) : NaN;
 }
 const missing = (cell) => cell === "" || cell === "\u2013" || cell === "None" || cell === "nan";

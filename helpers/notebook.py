@@ -128,6 +128,7 @@ def _execute(source: Path, target: Path, given: dict, progress: _Progress) -> No
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # every key that a notebook's parameters cell does not name
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own announcements
     os.environ["JUPYTER_PATH"] = os.pathsep.join([str(_kernels()), os.environ.get("JUPYTER_PATH", "")])
     papermill.execute_notebook(
         str(source), str(target), parameters=given, cwd=str(source.parent), progress_bar=False, stdout_file=progress,

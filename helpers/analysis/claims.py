@@ -67,8 +67,9 @@ def scope(facts: Facts, about: str) -> str | None:
     if about != "hardware" and f.study.model.already_quantized:
         parts.append(f"full precision was quantized before ({f.study.model.already_quantized})")
     if about == "accuracy" and f.study.data and len(f.samples):
-        own = f.study.data.source == "embedded"
-        parts.append(f"last turns of {'dialogues of this project, not CoQA' if own else f.study.data.source}")
+        sources = dict.fromkeys(source.source for source in f.study.sources)
+        names = ["dialogues of this project, not CoQA" if name == "embedded" else name for name in sources]
+        parts.append(f"last turns of {', '.join(names)}")
     if about == "hardware":
         cards = f.runs[f.runs.kind == "benchmark"].gpu.dropna().unique() if len(f.runs) else []
         parts.append(f"measured on {', '.join(cards) or 'a CPU'}; the paper used an {paper['device']}")

@@ -1,6 +1,7 @@
 # What 4-bit quantization costs and saves. `make` prints this help; see README.md.
 
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
@@ -8,17 +9,39 @@ MAKEFLAGS += --no-builtin-rules
 STUDY ?= smollm2-135m
 # What starts a notebook, such as RUN="srun --gpus=1"; with make -j the notebooks are then scheduled elsewhere.
 RUN ?=
+# Studies and configurations are folder and file names, and reach the shell: letters, digits, dots, hyphens, underscores.
+LETTERS := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
+DIGITS := 0 1 2 3 4 5 6 7 8 9
+without = $(if $(1),$(call without,$(wordlist 2,99,$(1)),$(subst $(firstword $(1)),,$(2))),$(2))
+not_names = $(filter .% -%,$(1))$(call without,$(LETTERS) $(DIGITS) . - _,$(strip $(subst $(space),,$(1))))
+empty :=
+space := $(empty) $(empty)
+ifneq ($(words $(STUDY))$(call not_names,$(STUDY))$(filter reference,$(STUDY)),1)
+$(error STUDY='$(STUDY)' is not the name of a study: give one folder of params/, such as STUDY=smollm2-135m)
+endif
 STUDY_FILE := params/$(STUDY)/study.yaml
+PARAMETER_FILES := $(wildcard params/formats/*.yaml params/$(STUDY)/*.yaml)
+UNFIT := $(filter-out %.yaml,$(PARAMETER_FILES))$(call not_names,$(basename $(notdir $(PARAMETER_FILES))))
+ifneq ($(UNFIT),)
+$(error params/formats or params/$(STUDY) has a file whose name is not letters, digits, dots, hyphens and underscores: rename it)
+endif
 key = $(shell sed -n 's/^ *$(1): *\[\{0,1\}\([^]\#]*\).*/\1/p' $(STUDY_FILE) 2>/dev/null | head -n 1)
 # A study has the formats that it names (none named: all), and its own files.
 named := $(shell awk '/^formats:/{f=1; sub(/^formats:/,"")} f && /^[a-z]/{exit} f{gsub(/\#.*|[][,]/," "); sub(/^ *- /," "); print}' $(STUDY_FILE) 2>/dev/null)
 FORMATS := $(or $(named),$(basename $(notdir $(wildcard params/formats/*.yaml))))
 ALL_CONFIGS := $(sort $(FORMATS) $(filter-out study,$(basename $(notdir $(wildcard params/$(STUDY)/*.yaml)))))
 CONFIGS ?= $(ALL_CONFIGS)
+ifneq ($(call not_names,$(CONFIGS)),)
+$(error CONFIGS='$(CONFIGS)' holds something else than names: give some of $(ALL_CONFIGS))
+endif
 # A time is the median of so many processes, each with a notebook of its own: one says nothing about the next.
 PROCESSES ?= $(or $(call key,processes),$(if $(shell nvidia-smi -L 2>/dev/null),3,1))
 # RESULTS=executed/reference/MACHINE/STUDY renders report and figures from a committed run.
+ifneq ($(call not_names,$(subst /,,$(RESULTS)))$(findstring ..,$(RESULTS))$(word 2,$(RESULTS)),)
+$(error RESULTS='$(RESULTS)' is not a folder of results: give one under executed/, such as executed/reference/h100/smollm2-135m)
+endif
 OUT := $(or $(RESULTS),executed/$(STUDY))
+MEASURED = $(sort $(notdir $(filter-out %.failed.ipynb,$(wildcard $(OUT)/*/02_benchmark*.ipynb))))
 FOLDER := $(if $(RESULTS),-p folder $(RESULTS))
 
 # PYTHON=python3 uses an environment that is already there; without it, .venv is made and kept up to date.
@@ -34,11 +57,11 @@ export TOKENIZERS_PARALLELISM := false
 
 # A notebook's results depend on its folder of helpers, on setup/, params and results, beside the notebook and its parameter files.
 folder = $(wildcard $(patsubst %,helpers/%/*.py,$(1)))
-COMMON := helpers/params.py $(wildcard helpers/schema*.py) helpers/results.py $(call folder,setup)
+COMMON := helpers/params.py $(wildcard helpers/schema*.py) helpers/results.py helpers/provenance.py $(call folder,setup)
 EVALUATE := $(COMMON) $(call folder,evaluate) $(wildcard helpers/tasks/*.* helpers/tasks/dialogues/*)
 BENCHMARK := $(COMMON) $(call folder,benchmark)
 FIDELITY := $(COMMON) helpers/statistics.py helpers/ranks.py $(call folder,fidelity) $(wildcard helpers/tasks/dialogues/*)
-ANALYSIS := helpers/params.py $(wildcard helpers/schema*.py) helpers/results.py helpers/statistics.py params/paper.yaml $(call folder,analysis)
+ANALYSIS := helpers/params.py $(wildcard helpers/schema*.py) helpers/results.py helpers/provenance.py helpers/statistics.py params/paper.yaml $(call folder,analysis)
 NB = $(PY) -m helpers.notebook
 
 .PHONY: help
@@ -50,7 +73,7 @@ help: ## print this help
 # ---- environment ----
 
 .PHONY: setup
-setup: $(ENV) ## make .venv from the pinned requirements (METHODS=all: FP8, GPTQ, AWQ as well)
+setup: $(ENV) ## make .venv from the pinned requirements (METHODS=all: FP8, GPTQ, AWQ; TORCH_INDEX=URL: PyTorch from there)
 
 # Installing the method packages later makes "not run" configurations stale.
 METHODS_READY := $(wildcard .venv/.methods)
@@ -58,8 +81,12 @@ ifeq ($(METHODS),all)
 setup: $(if $(ENV),.venv/.methods)
 endif
 
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu takes PyTorch from there: no CUDA libraries.
+PIP = .venv/bin/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)")
+PIP_LINES = sed -u -n -E '/^ *(Downloading|Installing|Successfully|Building)/s/^(.{110}).*/\1 .../;/^ *(Downloading|Installing|Successfully|Building)/p'
+
 .venv/.methods: requirements-methods.txt .venv/.ready
-	.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-methods.txt && touch $@
+	@$(PIP) -r requirements.txt -r requirements-methods.txt | $(PIP_LINES) && touch $@
 
 .venv/.ready: requirements.txt
 	@python=; for p in python3 python3.13 python3.12 python3.11; do \
@@ -69,7 +96,7 @@ endif
 	  { echo "$$python cannot make virtual environments: install its venv package (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }; \
 	echo "setting up .venv with $$($$python --version): some minutes, once"; \
 	[ -x .venv/bin/python ] || $$python -m venv --clear .venv; \
-	.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt && touch $@
+	$(PIP) -r requirements.txt | $(PIP_LINES) && touch $@
 
 # ---- the study ----
 
@@ -77,10 +104,10 @@ endif
 run-all: check ## run the whole study: evaluate, benchmark, compare, report (what is fresh is not run again)
 	@result=0; $(MAKE) -k --no-print-directory measure || result=$$?; \
 	$(MAKE) -k --no-print-directory report figures || result=$$?; \
-	[ $$result = 0 ] && echo "report: $(OUT)/report.html" || echo "not everything worked: see the lines with FAILED above, and make status"; exit $$result
+	[ $$result = 0 ] && echo "report: $(OUT)/report.html" || echo "not everything worked: the reasons are above, make status STUDY=$(STUDY) shows what is missing"; exit $$result
 
 again: ## measure the hardware in one more process
-	@$(MAKE) --no-print-directory run-all PROCESSES=$$(( $(words $(sort $(notdir $(wildcard $(OUT)/*/02_benchmark*.ipynb)))) + 1 ))
+	@$(MAKE) --no-print-directory run-all PROCESSES=$(words $(MEASURED) further)
 
 check: $(ENV)
 	@$(NB) check "$(STUDY)" $(CONFIGS)
@@ -88,7 +115,7 @@ check: $(ENV)
 # $(1) target notebook  $(2) notebook  $(3) configuration  $(4) its result  $(5) prerequisites  $(6) further parameters  $(7) group
 # The result is a target as well: whoever deletes it gets it made again.
 define CONFIGURATION_RULE
-$(if $(7),$(7),hardware): $(OUT)/$(3)/$(1).ipynb
+$(if $(7),$(7),hardware): $(OUT)/$(3)/$(1).ipynb $(OUT)/$(3)/$(4).json
 $(OUT)/$(3)/$(1).ipynb $(OUT)/$(3)/$(4).json &: notebooks/$(2).ipynb $(STUDY_FILE) $(call files,$(3)) $(OUT)/00_setup.ipynb $(5) $(METHODS_READY)
 	@$(RUN) $$(NB) run notebooks/$(2).ipynb "$(OUT)/$(3)/$(1).ipynb" -f $(STUDY_FILE) $(patsubst %,-f %,$(call files,$(3))) $(6)
 endef
@@ -107,11 +134,12 @@ $(foreach n,$(FURTHER),$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,0
 ifneq ($(HAS_DATA),)
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,01_evaluate,01_evaluate,$(c),evaluation,$(EVALUATE),,accuracy)))
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,03_fidelity,03_fidelity,$(c),fidelity,$(FIDELITY),,accuracy)))
-accuracy: $(OUT)/03_weights.ipynb
+accuracy: $(OUT)/03_weights.ipynb $(OUT)/weights.json
 $(OUT)/03_weights.ipynb $(OUT)/weights.json &: notebooks/03_weights.ipynb $(STUDY_FILE) $(OUT)/00_setup.ipynb $(FIDELITY) $(EVALUATE)
 	@$(RUN) $(NB) run notebooks/03_weights.ipynb "$(OUT)/03_weights.ipynb" -f $(STUDY_FILE)
 endif
 
+measure: $(OUT)/00_setup.ipynb $(OUT)/setup.json
 $(OUT)/00_setup.ipynb $(OUT)/setup.json &: notebooks/00_setup.ipynb $(STUDY_FILE) $(COMMON) | $(ENV)
 	@$(RUN) $(NB) run notebooks/00_setup.ipynb "$(OUT)/00_setup.ipynb" -f $(STUDY_FILE)
 endif
@@ -121,7 +149,7 @@ RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/weights.json $(OUT)/*/evaluat
 report: $(OUT)/report.html ## render the report from the results that are there
 
 $(OUT)/04_analysis.ipynb: notebooks/04_analysis.ipynb $(STUDY_FILE) $(ANALYSIS) $(RESULT_FILES) | $(ENV)
-	@$(NB) run notebooks/04_analysis.ipynb $@ -f $(STUDY_FILE) $(FOLDER)
+	@$(RUN) $(NB) run notebooks/04_analysis.ipynb $@ -f $(STUDY_FILE) $(FOLDER)
 
 $(OUT)/report.html: $(OUT)/04_analysis.ipynb helpers/notebook.py $(wildcard notebooks/template/*)
 	@$(NB) render $< $@
@@ -151,7 +179,7 @@ compare: $(ENV) ## one page over several studies: does the finding survive? (STU
 figures: $(OUT)/05_figures.ipynb ## draw every figure as PNG and SVG under figures/STUDY
 
 $(OUT)/05_figures.ipynb: notebooks/05_figures.ipynb $(STUDY_FILE) $(ANALYSIS) $(RESULT_FILES) $(OUT)/04_analysis.ipynb | $(ENV)
-	@$(NB) run notebooks/05_figures.ipynb $@ -f $(STUDY_FILE) $(FOLDER)
+	@$(RUN) $(NB) run notebooks/05_figures.ipynb $@ -f $(STUDY_FILE) $(FOLDER)
 
 .PHONY: status new-study
 status: $(ENV) ## table of what is fresh, stale, failed or missing
@@ -191,7 +219,10 @@ bench-peer: $(ENV) ## prefill and decode beside optimum-benchmark's (pip install
 bench-statistics: $(ENV) ## simulate the coverage of intervals and the level of tests
 	$(PY) tests/bench_statistics.py
 
-clean: ## delete this study's results and figures (not the cached weights, not executed/reference)
-	@[ -z "$(RESULTS)" ] && [ "$(STUDY)" != reference ] && [[ "$(STUDY)" =~ ^[a-z0-9][a-z0-9._-]*$$ ]] || \
-	  { echo "make clean STUDY=$(STUDY): removes one study's own results, such as STUDY=smollm2-135m" >&2; exit 1; }
-	rm -rf "executed/$(STUDY)" "figures/$(STUDY)"
+clean: ## delete what runs of this study wrote (not the cached weights, not executed/reference)
+	@[ -z "$(RESULTS)" ] || { echo "make clean takes no RESULTS: it deletes what runs of STUDY=$(STUDY) wrote" >&2; exit 1; }
+	@[ -f $(STUDY_FILE) ] || { echo "$(STUDY_FILE): there is no such study; make clean deletes what runs of a study wrote" >&2; exit 1; }
+	@for made in executed/$(STUDY) figures/$(STUDY); do [ ! -d $$made ] || [ -L $$made ] || { \
+	  find $$made -type f \( -name '*.ipynb' -o -name '*.json' -o -name '*.jsonl' -o -name '*.html' -o -name '*.pdf' -o -name '.*.lock' \
+	    -o -name '*.png' -o -name '*.svg' -o -path 'figures/*.txt' \) -delete; find $$made -type d -empty -delete; \
+	  [ ! -e $$made ] || echo "$$made is kept: it holds files that no run wrote"; }; done

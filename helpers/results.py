@@ -1,4 +1,4 @@
-"""Result files: one versioned schema, provenance in every file, atomic writes.
+"""Result files: one versioned schema, provenance and a checksum in every file, atomic writes.
 
     executed/STUDY/setup.json
     executed/STUDY/CONFIGURATION/{evaluation,benchmark,fidelity}.json
@@ -7,8 +7,8 @@
     executed/STUDY/CONFIGURATION/samples_TASK.jsonl     lm-eval's own format, a line per question
     executed/STUDY/CONFIGURATION/lm_eval.json           lm-eval's own results
 
-Every JSON file but lm-eval's is an envelope (`Result`) around `data`, whose keys `DATA` lists by kind. A file that is truncated, foreign or
-of another schema is named and refused.
+Every JSON file but lm-eval's is an envelope (`Result`) around `data`, whose keys `DATA` lists by kind. A file that is
+truncated, changed, foreign or of another schema is named and refused. Schema 1 (no checksum, fewer keys) is still read.
 
     result = results.write(study, configuration, "benchmark", data)
     for name, parts in results.read_all(study).items(): ...
@@ -19,35 +19,18 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import re
-import subprocess
-import sys
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from helpers import EXECUTED, FIGURES, ROOT, StudyError
 from helpers.params import Configuration, Study
+from helpers.provenance import provenance
 from helpers.schema import DATA, Kind
 
-SCHEMA = 1
-PACKAGES = (
-    "torch",
-    "transformers",
-    "bitsandbytes",
-    "lm_eval",
-    "numpy",
-    "scipy",
-    "pandas",
-    "accelerate",
-    "llmcompressor",
-    "torchao",
-)
+SCHEMA = 2
 
 
 class Result(BaseModel):
@@ -55,90 +38,28 @@ class Result(BaseModel):
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")  # else NaN would quietly become null
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     kind: Kind
     study: str
-    configuration: str | None  # none: of the whole study
+    configuration: str | None  # None: of the whole study
     status: Literal["ok", "failed", "skipped"]
     reason: str | None  # why it failed or was skipped, one sentence
     provenance: dict
-    data: dict | None  # none unless ok
+    data: dict | None  # None unless ok
+    sha256: str | None = None  # of all the other keys; schema 1 had none
 
 
 def clean(text: str) -> str:
-    """Text without tokens and without paths of this machine."""
+    """Text without tokens, passwords in URLs, and paths of this machine."""
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_***", text)
+    text = re.sub(r"(?i)\b(bearer\s+)[\w.~+/-]{8,}=*", r"\1***", text)
+    text = re.sub(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)", "***", text)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        token = os.environ.get(name, "")
+        text = text.replace(token, "***") if len(token) >= 8 else text
     text = text.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
-    home = os.environ.get("HOME", "")  # Path.home() raises for a user without an entry
-    return text.replace(home, "~") if len(home) > 1 else text
-
-
-def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _processor() -> str:
-    try:
-        (name,) = set(re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()))
-        return name
-    except (OSError, ValueError):
-        return platform.processor() or platform.machine()
-
-
-def code_sha256() -> str:
-    """One checksum over the helpers and notebooks: tells two runs of different code apart where git can't."""
-    digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "helpers").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def provenance(study: Study, configuration: Configuration | None) -> dict:
-    """What made a result: code, packages, hardware, parameters, time. No host name, user or path."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    gpu = None
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        torch = sys.modules["torch"]
-        gpu = {
-            "name": torch.cuda.get_device_name(),
-            "memory_mib": torch.cuda.get_device_properties(0).total_memory // 2**20,
-            "capability": ".".join(map(str, torch.cuda.get_device_capability())),
-            "cuda": torch.version.cuda,
-            "driver": _driver(),
-        }
-    # A copy of the tree on another machine may have no git there, or one that knows an older commit: who copied it says which it is.
-    copied = os.environ.get("GIT_COMMIT")
-    commit = copied or _git("rev-parse", "HEAD")
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        # of a copy nobody can tell: none, not false
-        "dirty": bool(_git("status", "--porcelain")) if commit and not copied else None,
-        "code_sha256": code_sha256(),
-        "python": platform.python_version(),
-        "packages": versions,
-        "system": platform.system(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": gpu,
-        "seed": study.seed,
-        "study": study.model_dump(mode="json"),
-        "configuration": configuration.model_dump(mode="json") if configuration else None,
-    }
-
-
-def _driver() -> str | None:
-    done = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
+    home = os.path.expanduser("~")  # stays "~" for a user without HOME and without an entry in passwd
+    return re.sub(re.escape(home) + r"(?![\w.-])", "~", text) if home.count("/") > 1 or len(home) > 5 else text
 
 
 def folder(study: Study) -> Path:
@@ -162,59 +83,58 @@ def path(study: Study, configuration: Configuration | None, kind: Kind, process:
 
 @contextlib.contextmanager
 def atomically(target: Path):
-    """A path to write to, which becomes `target` at the end: a reader never sees half a file. Raises StudyError on a full disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    """A path of this process to write to, which becomes `target` at the end: a reader never sees half a file.
+
+    Raises StudyError when the disk is full, read-only or otherwise refuses the file.
+    """
+    scratch = target.with_name(f".{os.getpid()}.{target.name}")  # keeps the suffix, which says the format to matplotlib
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
         os.replace(scratch, target)
     except OSError as error:
-        what = (
-            "the disk is full; free some space"
-            if error.errno == errno.ENOSPC
-            else f"cannot be written ({error.strerror})"
-        )
-        raise StudyError(f"{clean(str(target))}: {what}, then run again: what is done is kept") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full; free some space" if full else f"cannot be written ({error.strerror}); allow it"
+        raise StudyError(f"{clean(str(target))}: {what}, then run again: finished results are kept") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 def write_text(target: Path, text: str) -> None:
-    with atomically(target) as scratch, open(scratch, "w", encoding="utf-8") as file:
+    """Write UTF-8 through `atomically`; text that has no UTF-8 form (lone surrogates) gets escapes."""
+    with atomically(target) as scratch, open(scratch, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
 def write_json(target: Path, value) -> None:
-    """Any JSON; what it has no form for (functions in lm-eval's task configurations) as text, without paths of this machine."""
+    """Any JSON; what has no JSON form (functions in lm-eval's task configurations) becomes text without local paths."""
     write_text(
         target, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=lambda v: clean(str(v))) + "\n"
     )
 
 
-def _write(target: Path, result: Result) -> Result:
-    write_json(target, result.model_dump(mode="json"))
-    return result
-
-
 def write(study: Study, configuration: Configuration | None, kind: Kind, data: dict, process: int = 1) -> Result:
-    """Check and write a finished result. Raises ValidationError if keys of its kind are missing, ValueError on NaN."""
+    """Check and write a finished result.
+
+    Raises ValidationError if `data` lacks keys of its kind or has others, ValueError on NaN, StudyError if the disk
+    refuses.
+    """
     DATA[kind].model_validate(data, context="writing")
-    return _write(path(study, configuration, kind, process), _envelope(study, configuration, kind, "ok", None, data))
+    return _write(study, configuration, kind, process, "ok", None, data)
 
 
 def write_without(
     study: Study, configuration: Configuration | None, kind: Kind, status: str, reason: str, process: int = 1
 ) -> Result:
     """Write why there is no result: status `failed` or `skipped`."""
-    return _write(
-        path(study, configuration, kind, process), _envelope(study, configuration, kind, status, clean(reason), None)
-    )
+    return _write(study, configuration, kind, process, status, clean(reason), None)
 
 
-def _envelope(study, configuration, kind, status, reason, data) -> Result:
-    return Result(
+def _write(study, configuration, kind, process, status, reason, data) -> Result:
+    result = Result(
         schema_version=SCHEMA,
         kind=kind,
         study=study.study,
@@ -224,6 +144,18 @@ def _envelope(study, configuration, kind, status, reason, data) -> Result:
         provenance=provenance(study, configuration),
         data=data,
     )
+    plain = json.dumps(result.model_dump(mode="json"), allow_nan=False, default=lambda v: clean(str(v)))
+    values = json.loads(plain)  # as a reader will see it: every key is text
+    result.sha256 = values["sha256"] = checksum(values)
+    write_json(path(study, configuration, kind, process), values)
+    return result
+
+
+def checksum(envelope: dict) -> str:
+    """sha256 of an envelope's JSON without its own checksum, keys sorted: the same before writing and after reading."""
+    values = {key: value for key, value in envelope.items() if key != "sha256"}
+    plain = json.dumps(values, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(plain.encode()).hexdigest()
 
 
 def write_lines(target: Path, rows: list[dict]) -> dict:
@@ -234,41 +166,55 @@ def write_lines(target: Path, rows: list[dict]) -> dict:
 
 
 def read_lines(source: Path, expected: dict) -> list[dict]:
-    """Read JSONL that `write_lines` wrote. Raises StudyError if it is not the file that the envelope speaks of."""
+    """Read JSONL that `write_lines` wrote. Raises StudyError if it is not the file that its result speaks of."""
+    remedy = f"delete {source.parent.name}/evaluation.json, then make run-all answers the questions again"
     try:
         raw = source.read_bytes()
-    except FileNotFoundError:
-        raise StudyError(
-            f"{clean(str(source))}: is missing, though a result speaks of it; delete the result and run again"
-        ) from None
+    except OSError as error:
+        raise StudyError(f"{clean(str(source))}: cannot be read ({error.strerror}); {remedy}") from None
     if hashlib.sha256(raw).hexdigest() != expected["sha256"]:
-        raise StudyError(f"{clean(str(source))}: is truncated or changed since it was written; delete it and run again")
+        raise StudyError(f"{clean(str(source))}: is truncated or changed since it was written; {remedy}")
     return [json.loads(line) for line in raw.decode().split("\n") if line]
 
 
+def _not_finite(text: str):
+    raise ValueError(f"{text} is no number")
+
+
 def read(source: Path) -> Result:
-    """Read one result file. Raises StudyError that names the file if it is missing, truncated, foreign or of another version."""
-    name = clean(str(source))
+    """Read one result file. Raises StudyError that names the file if it is missing, truncated, changed, foreign or of
+    another version.
+    """
+    name, remedy = clean(str(source)), "delete it, then make run-all makes it again"
     try:
-        values = json.loads(source.read_text(encoding="utf-8"))
+        values = json.loads(source.read_text(encoding="utf-8"), parse_constant=_not_finite)
     except FileNotFoundError:
         raise StudyError(f"{name}: is missing; make run-all makes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise StudyError(f"{name}: is truncated or not a result file; delete it and run make run-all again") from None
+    except OSError as error:
+        raise StudyError(f"{name}: cannot be read ({error.strerror}); {remedy}") from None
+    except (
+        ValueError,
+        RecursionError,
+    ):  # not JSON, not UTF-8, NaN, numbers of thousands of digits, a thousand brackets
+        raise StudyError(f"{name}: is truncated or not a result file; {remedy}") from None
     if not isinstance(values, dict) or "schema_version" not in values:
-        raise StudyError(f"{name}: is not a result file of this project; delete it and run make run-all again")
-    if values["schema_version"] != SCHEMA:
-        raise StudyError(
-            f"{name}: has schema {values['schema_version']}, this code reads {SCHEMA}; delete it and run make run-all again"
-        )
+        raise StudyError(f"{name}: is not a result file of this project; {remedy}")
+    if values["schema_version"] not in (1, SCHEMA):
+        version = str(values["schema_version"])[:20]
+        raise StudyError(f"{name}: has schema {version}, this code reads 1 and {SCHEMA}; {remedy}")
     try:
         result = Result.model_validate(values)
         if result.status == "ok":
             DATA[result.kind].model_validate(result.data)
+        changed = result.schema_version > 1 and result.sha256 != checksum(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise StudyError(f"{name}: key '{key}': {first['msg'].lower()}; delete it and run make run-all again") from None
+        key = ".".join(map(str, first["loc"]))[:100]
+        raise StudyError(f"{name}: key '{key}': {first['msg'].lower()}; {remedy}") from None
+    except (ValueError, RecursionError):  # 1e999, and nesting that only the way back to text refuses
+        raise StudyError(f"{name}: is not a result file of this project; {remedy}") from None
+    if changed:
+        raise StudyError(f"{name}: was changed since it was written (its checksum differs); {remedy}")
     return result
 
 
@@ -279,7 +225,8 @@ def _read_own(study: Study, kind: Kind, pattern: str) -> dict[str, Result]:
         result = read(source)
         if (result.kind, result.study, result.configuration) != (kind, study.study, source.parent.name):
             raise StudyError(
-                f"{clean(str(source))}: belongs to {result.study}/{result.configuration}/{result.kind}; delete it"
+                f"{clean(str(source))}: belongs to {result.study}/{result.configuration}/{result.kind}; delete it, "
+                "then make run-all makes this one"
             )
         found[source.parent.name] = result
     return found

@@ -71,13 +71,19 @@ def _reason(error: Exception) -> str:
     """The sentence a reader needs: a StudyError's own text, else the type and text of what was raised."""
     name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error))
     if name == "DeadKernelError" or "Kernel died" in text:
-        return "the notebook's process was killed, most likely for lack of memory; free some, or lower the sizes in study.yaml"
+        return (
+            "the notebook's process was killed, most likely for lack of memory; "
+            "free some, or lower the sizes in study.yaml"
+        )
     text = re.sub(r"\x1b\[[0-9;]*m", "", text).strip()
     return results.clean(text if name in OURS else f"{name}: {text}")
 
 
 def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]) -> None:
-    """Execute `source` into `target`. Raises SystemExit with the reason if a cell fails; what other notebooks computed is kept."""
+    """Execute `source` into `target`.
+
+    Raises SystemExit with the reason if a cell fails; what other notebooks computed is kept.
+    """
     given = _parameters(files, overrides)
     study, configuration, process = params.check(given, " and ".join(files))
     kind, case = KINDS[source.stem], (study, configuration)
@@ -138,7 +144,7 @@ def _execute(source: Path, target: Path, given: dict, progress: _Progress) -> No
 
 
 def _kernels() -> Path:
-    """A Jupyter path whose python3 is this interpreter, ahead of any kernel that the user has installed under that name."""
+    """A Jupyter path whose python3 is this interpreter, ahead of a kernel of that name that the user installed."""
     home = CACHE / "jupyter"
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     kernel = {"argv": command, "display_name": "Python 3", "language": "python"}
@@ -174,7 +180,7 @@ def render(source: Path, target: Path) -> None:
 
 
 def check(study: str, configurations: list[str]) -> None:
-    """Parameters are right, and what looks finished is: a notebook that was cut off, or comes from the future, is made again."""
+    """Check the parameters, and remove notebooks that were cut off or are dated in the future: they are made again."""
     params.read_study(study)
     for name in configurations or params.configurations(study):
         params.read_configuration(study, name)

@@ -56,7 +56,8 @@ def table(f: Frames, metric: str = "f1", last_turns: bool = False, data_set: str
         if row["a"] == f.full and row["primary"]:
             found = recovery.recovery(wide[row["a"]], wide[row["b"]], groups, **options(f))
             row |= {"recovery": found["recovery"], "recovery_low": found["ci_low"], "recovery_high": found["ci_high"]}
-    return pd.DataFrame(rows, columns=None if rows else ROW).astype({"primary": bool})
+    table = pd.DataFrame(rows, columns=None if rows else ROW).astype({"primary": bool, "reason": object})
+    return table.assign(reason=table.reason.where(table.reason.notna(), None))  # NaN would count as a reason
 
 
 ROW = ["metric", "a", "b", "primary", "difference", "low", "high", "differs", "verdict", "recovery", "recovery_low"]

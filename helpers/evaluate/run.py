@@ -89,7 +89,8 @@ def without_texts(row: dict) -> dict:
     """A sample for results that may not hold their data's texts: ids, scores, lengths, and a hash of the answer."""
     doc = {key: row["doc"].get(key) for key in ("id", "data_set", "source", "turn", "last_turn")}
     kept = {key: value for key, value in row.items() if isinstance(value, (bool, int, float)) or key == "doc_hash"}
-    line = row["filtered_resps"][0].strip().split("\n")[0]
+    answer = row["filtered_resps"][0]
+    line = answer.strip().split("\n")[0] if isinstance(answer, str) else str(answer)  # multiple choice: scores
     return kept | {"doc": doc, "answer_sha256": hashlib.sha256(line.encode()).hexdigest()}
 
 

@@ -235,7 +235,8 @@ def _read_own(study: Study, kind: Kind, pattern: str) -> dict[str, Result]:
 def read_processes(study: Study) -> dict[str, list[Result]]:
     """configuration -> its benchmarks, one of each process. `again/` is where earlier versions put the second."""
     found: dict[str, list[Result]] = {}
-    for pattern in ("*/benchmark.json", "again/*/benchmark.json", "*/benchmark_[0-9].json"):
+    further = [f"*/benchmark_{number}.json" for number in range(2, 10)]
+    for pattern in ("*/benchmark.json", "again/*/benchmark.json", *further):
         for name, result in _read_own(study, "benchmark", pattern).items():
             found.setdefault(name, []).append(result)
     return found

@@ -1,6 +1,6 @@
 """Decode variants at one row, timed side by side on a GPU: what Inductor's options and batches cost and save.
 
-    python tests/bench_decode.py [--layers 16] [--minutes 6] [--json executed/reference/h100/bench_decode.json]
+    python tests/bench_decode.py [--layers 16] [--minutes 6] [--json executed/reference/h200/bench_decode.json]
 
 On Llama-3.2-1B's shape with random weights, in bfloat16 and packed to 4 bits. Every variant is built from an empty
 compile cache of its own, so that its build time is that of a first run. A variant that fails, or for which no time is

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What executed/reference/h100 holds, on one machine with four GPUs: tests/gpu_runs.sh SECONDS [PYTHON]
+# What executed/reference/h200 holds, on one machine with four GPUs: tests/gpu_runs.sh SECONDS [PYTHON]
 # Accuracy first on the last card, hardware on the others; then hardware on all. What fails is left out, what is finished
 # is kept: after SECONDS, or on another machine, the same call goes on.
 set -u

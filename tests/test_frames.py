@@ -13,8 +13,8 @@ import pytest
 from helpers import ROOT, StudyError, params, results
 from helpers.analysis import contrasts, frames, sentences, style
 
-REFERENCE = "executed/reference/h100/smollm2-135m"
-HARDWARE = "executed/reference/h100/llama-3.2-1b-random"
+REFERENCE = "executed/reference/h200/smollm2-135m"
+HARDWARE = "executed/reference/h200/llama-3.2-1b-random"
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,7 @@ def figure(name: str, f: Frames, rows: int = 1, columns: int = 1, height: float 
         drawn, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", **options)
         try:
             yield drawn, axes
-            if not any(panel.has_data() for panel in drawn.axes):
+            if not any(np.isfinite(panel.dataLim.get_points()).all() for panel in drawn.axes):
                 display(HTML(f'<p class="note">{html.escape(name)}: not drawn, since nothing of it was measured.</p>'))
                 return
             folder = results.figures_folder(f.study)
@@ -118,9 +118,9 @@ def forest(axes, table, value: str, low: str, high: str, zero: float | None = No
         shape = look(name[-1] if isinstance(name, tuple) else name)
         fill = {} if bool(row.get("differs", True)) else {"mfc": "white"}
         axes.errorbar(scale * row[value], y, xerr=error, linestyle="none", **shape, **fill)
-    if zero is not None:
+    if zero is not None and len(table):
         axes.axvline(scale * zero, color=LIGHT, linestyle="--", linewidth=1)
-    axes.set_ylim(len(table) - 0.5, -0.5)
+    axes.set_ylim(max(len(table), 1) - 0.5, -0.5)
     axes.grid(False, axis="y")
 
 

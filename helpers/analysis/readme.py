@@ -12,7 +12,7 @@ from helpers.analysis.frames import MODES, Frames
 from helpers.analysis.style import NONE, number, percent, times
 
 MARKS = ("<!-- found: rendered by make readme from executed/reference -->", "<!-- end of found -->")
-ACCURACY, HARDWARE = (f"executed/reference/h100/{name}" for name in ("smollm2-135m", "llama-3.2-1b-random"))
+ACCURACY, HARDWARE = (f"executed/reference/h200/{name}" for name in ("smollm2-135m", "llama-3.2-1b-random"))
 SHOWN = ("nf4", "fp4", "fp8")
 
 

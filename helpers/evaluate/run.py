@@ -85,6 +85,11 @@ def measure_answers(samples: list[dict], tokenizer, limit: int) -> None:
         row["hit_limit"] = row["answer_tokens"] >= limit
 
 
+def slim(row: dict) -> dict:
+    """A sample without lm-eval's `arguments`: they hold the prompt (`doc.text`) again, half of the file."""
+    return {key: value for key, value in row.items() if key != "arguments"}
+
+
 def without_texts(row: dict) -> dict:
     """A sample for results that may not hold their data's texts: ids, scores, lengths, and a hash of the answer."""
     doc = {key: row["doc"].get(key) for key in ("id", "data_set", "source", "turn", "last_turn")}
@@ -110,7 +115,7 @@ def save(study: Study, configuration: Configuration, loaded: Loaded, found: dict
     measure_answers(found["samples"][DIALOGUES], loaded.tokenizer, study.evaluation.max_gen_toks)
     for name, samples in found["samples"].items():
         file = f"samples_{name}.jsonl"
-        kept = samples if getattr(study.evaluation, "samples_text", True) else list(map(without_texts, samples))
+        kept = list(map(slim if study.evaluation.samples_text else without_texts, samples))
         files[file] = results.write_lines(folder / file, kept)
         tasks[name] = _scores(found["results"][name]) | {"samples": file, "questions": len(samples)}
     samples = found["samples"][DIALOGUES]

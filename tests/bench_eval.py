@@ -3,20 +3,22 @@
 Run by `make bench-eval STUDY=... LIMIT=...`; writes executed/STUDY/bench_eval.json (--tasks coqa_last_turns:
 bench_eval_last_turns.json) and exits with 1 if a target is missed:
 
-- seconds per question of coqa_turns, stock over hf-dialogue: at least 12 on a CPU, 50 on a GPU;
-- of coqa_last_turns, which is what stock `coqa` asks and shares nothing: at least 4;
-- in float32 the same predictions, F1 and EM; else every differing prediction is listed with the logit gap where the two part (a CPU with
+- seconds per question of coqa_turns, stock over hf-dialogue: at least 12 on a CPU, 50 on a GPU; - of coqa_last_turns,
+which is what stock `coqa` asks and shares nothing: at least 4; - in float32 the same predictions, F1 and EM; else
+every differing prediction is listed with the logit gap where the two part (a CPU with
   AVX512-BF16 counts as "else" for 4-bit weights: bitsandbytes' kernel for it rounds to bfloat16);
-- peak memory no more than stock's at the same batch size (on a GPU hf-dialogue takes no batch size and finds its own; --contexts lets it
+- peak memory no more than stock's at the same batch size (on a GPU hf-dialogue takes no batch size and finds its own;
+--contexts lets it
   hold more of the longest contexts than the batch size on a CPU).
 
-`prefill_bound` is the ratio that would be reached if generation cost nothing: stock's seconds over hf-dialogue's prefill alone.
+`prefill_bound` is the ratio that would be reached if generation cost nothing: stock's seconds over hf-dialogue's
+prefill alone.
 
-Stock gets the batch size at which it answers the last turns fastest (`--stock-batch-sizes`). A machine that slows down or speeds up
-meanwhile should favour neither side: on the last turns, which a GPU answers in a second, the two take turns (`--rounds`), and on coqa_turns
-hf-dialogue runs before and after stock. Compared are the medians (of two runs: their mean); every run's seconds are kept. Seconds are
-those of `generate_until`, tokenization included; scoring is lm-eval's own on both sides and comes on top (`scoring_seconds`).
-"""
+Stock gets the batch size at which it answers the last turns fastest (`--stock-batch-sizes`). A machine that slows
+down or speeds up meanwhile should favour neither side: on the last turns, which a GPU answers in a second, the two
+take turns (`--rounds`), and on coqa_turns hf-dialogue runs before and after stock. Compared are the medians (of two
+runs: their mean); every run's seconds are kept. Seconds are those of `generate_until`, tokenization included; scoring
+is lm-eval's own on both sides and comes on top (`scoring_seconds`)."""
 
 import argparse
 import gc
@@ -39,8 +41,8 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from helpers import StudyError, params, results  # noqa: E402
 from helpers.evaluate.hf_dialogue import HFDialogue  # noqa: E402
-from helpers.setup import models
-from helpers.setup.device import trim
+from helpers.setup import models  # noqa: E402
+from helpers.setup.device import trim  # noqa: E402
 
 TURNS, LAST = "coqa_turns", "coqa_last_turns"
 TARGET_TURNS = {"cpu": 12, "cuda": 50}
@@ -58,7 +60,8 @@ def give_back() -> None:
 
 
 class Peak:
-    """Highest memory while it runs, MiB: allocated on the GPU, or resident (sampled every 5 ms) on a CPU; and what was there before."""
+    """Highest memory while it runs, MiB: allocated on the GPU, or resident (sampled every 5 ms) on a CPU; and what
+    was there before."""
 
     def __init__(self, device: str):
         self.device, self.process = device, psutil.Process()
@@ -88,7 +91,8 @@ class Peak:
 
 
 def first_line(text: str) -> str:
-    """What CoQA's metric reads (lm_eval/tasks/coqa/utils.py), without the space around it, which its normalization drops."""
+    """What CoQA's metric reads (lm_eval/tasks/coqa/utils.py), without the space around it, which its normalization
+    drops."""
     return text.strip().split("\n")[0].strip()
 
 
@@ -133,11 +137,13 @@ def text_of(sample: dict) -> str:
 
 @torch.inference_mode()
 def parting(lm: HFDialogue, context: str, tokens: list[int], theirs: str) -> dict:
-    """Where hf-dialogue's tokens leave stock's text, and how far apart the two likeliest tokens are there, in logits."""
+    """Where hf-dialogue's tokens leave stock's text, and how far apart the two likeliest tokens are there, in
+    logits."""
     same = 0
     while same < len(tokens) and theirs.startswith(lm.tok_decode(tokens[: same + 1])):
         same += 1
-    # Stock's text may go on with other tokens that spell the same: the last shared token is where they could have parted first.
+    # Stock's text may go on with other tokens that spell the same: the last shared token is where they could have
+    # parted first.
     gaps = []
     ids = lm._tokens([context])[0]
     for at in {max(0, same - 1), min(same, len(tokens) - 1)}:

@@ -1,8 +1,9 @@
-"""How long the pipeline takes, and how much memory: a run of all configurations from nothing, a second run, and the tests.
+"""How long the pipeline takes, and how much memory: a run of all configurations from nothing, a second run, and the
+tests.
 
-Run by `make bench-pipeline` on a quiet machine; writes executed/reference/bench_pipeline.json. Works in a fresh clone of the last commit.
-`python tests/bench_pipeline.py test` measures the tests alone and keeps the rest of the file; every entry names its commit.
-"""
+Run by `make bench-pipeline` on a quiet machine; writes executed/reference/bench_pipeline.json. Works in a fresh clone
+of the last commit. `python tests/bench_pipeline.py test` measures the tests alone and keeps the rest of the file;
+every entry names its commit."""
 
 import contextlib
 import json

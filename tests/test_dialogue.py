@@ -42,7 +42,8 @@ FAMILIES = {
 
 
 def small(kind: str, tokenizer, **options):
-    """An untrained model of an architecture: its greedy answers are gibberish, and as sensitive to a wrong mask as any."""
+    """An untrained model of an architecture: its greedy answers are gibberish, and as sensitive to a wrong mask as
+    any."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": len(tokenizer),
@@ -174,7 +175,8 @@ def test_same_predictions_and_scores_on_dialogues(configuration, load, tmp_path)
 
 
 def rounds_to_bfloat16(configuration: str) -> bool:
-    """bitsandbytes' 4-bit kernel for AVX512-BF16 does, and a tie may then fall either way: stock at two batch sizes differs as much."""
+    """bitsandbytes' 4-bit kernel for AVX512-BF16 does, and a tie may then fall either way: stock at two batch sizes
+    differs as much."""
     return configuration != "fp16" and has_avx512bf16()
 
 
@@ -198,7 +200,8 @@ def shorten(dialogue: dict, turns: int = 3, words: int = 60) -> dict:
 
 
 def test_int8_answers_as_stock_does(load):
-    """LLM.int8() looks for outliers in everything that runs together, so only a context alone is certain to come out alike."""
+    """LLM.int8() looks for outliers in everything that runs together, so only a context alone is certain to come out
+    alike."""
     model, tokenizer, _ = load("int8")
     expected, found, mine = both(
         model, tokenizer, ["The sky is blue.\n\nQ: What colour is the sky?\n\nA:"], max_gen_toks=4
@@ -268,7 +271,7 @@ def test_an_answer_that_never_ends_stops_at_max_gen_toks(tiny, tokenizer):
 @pytest.mark.parametrize("static", [False, True])
 def test_buffers_that_are_too_short_grow_and_the_answers_stay(static, tiny, tokenizer, monkeypatch):
     for module in ("slots", "dialogue"):
-        monkeypatch.setattr(f"helpers.{module}.room", lambda turns: 1)
+        monkeypatch.setattr(f"helpers.evaluate.{module}.room", lambda turns: 1)
     owner, name = (static_slots.StaticSlots, "repack") if static else (slots.PackedSlots, "_reserve")
     widths, original = set(), getattr(owner, name)
 
@@ -570,7 +573,8 @@ def test_lm_evals_command_line(tiny, tokenizer, tmp_path):
 
 
 class Replay:
-    """Stands in for a CUDA graph: the recorded step reads what the fixed buffers hold when it is replayed, and nothing else."""
+    """Stands in for a CUDA graph: the recorded step reads what the fixed buffers hold when it is replayed, and
+    nothing else."""
 
     def __init__(self, step):
         self.replay = step

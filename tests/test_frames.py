@@ -11,10 +11,11 @@ import pandas as pd
 import pytest
 
 from helpers import ROOT, StudyError, params, results
-from helpers.analysis import contrasts, frames, sentences, style
+from helpers.analysis import contrasts, durations, frames, sentences, style
 
 REFERENCE = "executed/reference/h200/smollm2-135m"
 HARDWARE = "executed/reference/h200/llama-3.2-1b-random"
+FIRST_ROUND = "executed/reference/h100/smollm2-135m"  # hardware alone, schema 1, GPTQ and AWQ unpacked
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +29,10 @@ def all_turns(reference):
 
 
 @pytest.fixture
-def copied(tmp_path):
+def copied():
     """A copy of the committed results, and swap(a, b), which exchanges two configurations' answers."""
-    target = tmp_path / "results"
+    target = ROOT / "executed" / "copied-by-a-test"
+    shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(ROOT / REFERENCE, target, ignore=shutil.ignore_patterns("*.html", "again", "lm_eval.json"))
 
     def swap(a: str, b: str) -> None:
@@ -45,7 +47,8 @@ def copied(tmp_path):
             envelope["schema_version"] = 1  # as the first round wrote it: without a checksum of its data
             path.write_text(json.dumps(envelope))
 
-    return target, swap
+    yield target, swap
+    shutil.rmtree(target)
 
 
 def test_every_column_is_documented(reference):
@@ -59,7 +62,8 @@ def test_every_column_is_documented(reference):
         assert not missing, f"{name}: {missing}"
 
 
-def test_a_format_unpacked_to_full_precision_has_no_times_of_its_own(reference):
+def test_a_format_unpacked_to_full_precision_has_no_times_of_its_own():
+    reference = frames.load(FIRST_ROUND)
     unpacked = reference.configurations.index[reference.configurations.same_kernels]
     assert list(unpacked) == ["gptq", "awq"]
     for table in (reference.times, reference.largest, reference.energy, reference.profile):
@@ -70,7 +74,8 @@ def test_a_format_unpacked_to_full_precision_has_no_times_of_its_own(reference):
     )
 
 
-def test_a_second_process_is_seen(reference):
+def test_a_second_process_is_seen():
+    reference = frames.load(FIRST_ROUND)
     eager = (
         reference.medians()
         .query("phase == 'decode' and mode == 'eager' and batch == 1 and configuration == 'nf4'")
@@ -83,6 +88,15 @@ def test_a_second_process_is_seen(reference):
         .iloc[0]
     )
     assert ratio.ratio_low < 1 < ratio.ratio_high  # 1.98x in one process, 0.89x in the other
+
+
+def test_three_processes_decide_and_two_do_not():
+    ratios = frames.load(HARDWARE).ratios()
+    graph = ratios.query("phase == 'decode' and mode == 'cuda_graph' and batch == 64 and configuration == 'nf4'").iloc[
+        0
+    ]
+    assert graph.processes == 3 and durations.longer(graph) == durations.SLOWER
+    assert durations.longer(graph.to_dict() | {"processes": 2}) is None
 
 
 def test_a_label_says_what_was_computed(reference):

@@ -58,7 +58,10 @@ def test_no_six_lines_stand_in_two_places():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_cells_are_short_and_assign_no_parameter(path):
     for source in code(path):
-        assert len(source.splitlines()) <= 15, source
+        lines = [
+            line for line in source.splitlines() if line.strip() and not line.startswith(("import", "from", "sys."))
+        ]
+        assert len(lines) <= 20, source
         tree = ast.parse("\n".join(line for line in source.splitlines() if not line.startswith(("%", "!"))))
         assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         assert not assigned & PARAMETERS, source

@@ -193,7 +193,9 @@ def test_text_for_a_model_without_a_tokenizer(tiny):
 
 def test_group_size_that_does_not_divide(study):
     architecture = models.AutoConfig.from_pretrained(models.prepare(study))
-    with pytest.raises(StudyError, match=r"group_size: 128 does not divide the 576 inputs of model\.layers.*; write 64 or 32"):
+    with pytest.raises(
+        StudyError, match=r"group_size: 128 does not divide the 576 inputs of model\.layers.*; write 64 or 32"
+    ):
         calibrated.check_group_size(architecture, 128)
     calibrated.check_group_size(architecture, 64)
 

@@ -131,7 +131,8 @@ def nf4_pareto(facts):
 
 
 def fifty_give_direction(facts):
-    """A pair's direction is seen if nearly all draws agree on it; the share's interval decides, whichever way round."""
+    """A pair's direction is seen if nearly all draws agree on it; the share's interval decides, whichever way
+    round."""
     f, design = facts.f, next((d for d in facts.designs if d["design"] == "last turns"), None)
     if design is None:
         raise NotMeasured("the design of 50 questions was not redrawn in this study")

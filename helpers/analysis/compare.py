@@ -32,9 +32,9 @@ def load(names: list[str]) -> dict[str, Frames]:
 
 
 def differences(studies: dict[str, Frames]) -> pd.DataFrame:
-    """A row per study, measure and contrast named in advance: study, measure, a, b (labels; a may be "full precision"),
-    name (of b), difference, low, high, standard_error, verdict, dialogues. Points of 100; perplexity in nats per
-    token. Rows without an interval are left out."""
+    """A row per study, measure and contrast named in advance: study, measure, a, b (labels; a may be "full
+    precision"), name (of b), difference, low, high, standard_error, verdict, dialogues. Points of 100; perplexity in
+    nats per token. Rows without an interval are left out."""
     rows = []
     for study, f in studies.items():
         found = [(POINTS[m], 100, contrasts.table(f, m)) for m in POINTS if len(f.samples)]

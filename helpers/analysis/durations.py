@@ -9,7 +9,8 @@ SLOWER, FASTER, EQUAL = "slower", "faster", f"equal within {SAME_TIME:.0%}"
 
 
 def longer(row) -> str | None:
-    """A row of Frames.ratios (processes, ratio, ratio_low, ratio_high): "slower", "faster", "equal within 3%" or None.
+    """A row of Frames.ratios (processes, ratio, ratio_low, ratio_high): "slower", "faster", "equal within 3%" or
+    None.
 
     A time is the median of the processes' medians. It is longer if the ranges of the processes do not overlap and the
     medians differ by more than 3%, equal if any two processes are within 3%; fewer than three on either side decide

@@ -38,7 +38,7 @@ formats         index: format. relative_squared_error, sqnr_db, dtype: each form
                 layers)
 layers          layer, kind, depth, weights, ks_distance, excess_kurtosis, distinct_values, format,
                 relative_squared_error
-block_sizes     format, block_size, double_quant, bits_per_weight, relative_squared_error, sqnr_db, ppl
+block_sizes     format, block_size, double_quant, bits_per_weight, relative_squared_error, sqnr_db, ppl, ln_ratio
 sensitivity     depth, format, relative_squared_error, ln_ratio, kl: one block of layers quantized at a time
 noise           kind (nf4, or what the noise was matched to), seed, relative_squared_error, ln_ratio, ln_low, ln_high,
                 f1, f1_low, f1_high (difference from full precision)

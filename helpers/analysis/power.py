@@ -13,7 +13,8 @@ POWER = 0.8
 
 
 def detectable(row) -> float | None:
-    """The difference (in the unit of the values) that these dialogues find with 80% power; None without an interval."""
+    """The difference (in the unit of the values) that these dialogues find with 80% power; None without an
+    interval."""
     if row["reason"]:
         return None
     n = row["n_dialogues"]
@@ -23,8 +24,8 @@ def detectable(row) -> float | None:
 
 
 def needed(row) -> dict:
-    """How many dialogues like these a t test at the row's level needs for 80% power, if the difference is the estimated
-    one.
+    """How many dialogues like these a t test at the row's level needs for 80% power, if the difference is the
+    estimated one.
 
     Returns n_dialogues, and fewest and most: the same for the interval's far and near end (infinite if the interval
     holds 0). None, with the reason, where the row of `compare` has no interval.

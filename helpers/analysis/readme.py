@@ -1,7 +1,7 @@
 """README.md's findings, rendered from the committed runs: `make readme`.
 
-Between the two marks stand a table of a few rows, the sentences beside it, and the paper's claims by kind. Nothing there is
-typed; everything else in README.md is.
+Between the two marks stand a table of a few rows, the sentences beside it, and the paper's claims by kind. Nothing
+there is typed; everything else in README.md is.
 """
 
 import json

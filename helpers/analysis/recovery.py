@@ -1,4 +1,5 @@
-"""What a quantized configuration keeps of another one's score: recovery, a gate on it, flips, the mean over data sets.
+"""What a quantized configuration keeps of another one's score: recovery, a gate on it, flips, the mean over data
+sets.
 
 Statistics as in helpers.statistics, from the same arrays; a is the configuration to compare with, b the quantized one.
 """
@@ -16,8 +17,9 @@ MIN_RATIO = 3  # standard errors between a denominator and zero; nearer, a ratio
 
 
 def recovery(values_a, values_b, clusters, weights=None, *, confidence: float, resamples: int, seed: int) -> dict:
-    """Mean of b over mean of a, per cent: recovery, ci_low, ci_high, equal_low, equal_high (level 2 * confidence - 1),
-    n_questions, n_dialogues, reason. Undefined (None) where a's mean is within MIN_RATIO standard errors of 0."""
+    """Mean of b over mean of a, per cent: recovery, ci_low, ci_high, equal_low, equal_high (level 2 * confidence -
+    1), n_questions, n_dialogues, reason. Undefined (None) where a's mean is within MIN_RATIO standard errors of
+    0."""
     a = statistics.number_array(values_a, "values_a")
     both = np.stack([a, statistics.number_array(values_b, "values_b", a.size)], axis=1)
     sums, sizes = statistics.totals(both, clusters, weights)
@@ -66,10 +68,10 @@ def gate(
 
 
 def flips(right_a, right_b, clusters, *, confidence: float, resamples: int, seed: int) -> dict:
-    """Answers that change between right and wrong, in per cent: right_to_wrong, wrong_to_right (of all questions), lost
-    (right_to_wrong of a's right answers); net (wrong_to_right less right_to_wrong) with ci_low, ci_high and a clustered
-    sign-flip p; n_questions, n_dialogues, reason. What full precision itself flips at another batch size is the floor
-    to show beside it."""
+    """Answers that change between right and wrong, in per cent: right_to_wrong, wrong_to_right (of all questions),
+    lost (right_to_wrong of a's right answers); net (wrong_to_right less right_to_wrong) with ci_low, ci_high and a
+    clustered sign-flip p; n_questions, n_dialogues, reason. What full precision itself flips at another batch size
+    is the floor to show beside it."""
     a, b = statistics.number_array(right_a, "right_a") > 0, statistics.number_array(right_b, "right_b") > 0
     row = statistics.paired(100.0 * a, 100.0 * b, clusters, confidence=confidence, resamples=resamples, seed=seed)
     kept = ("n_questions", "n_dialogues", "ci_low", "ci_high", "p", "reason")

@@ -104,8 +104,8 @@ def redraw(
         return statistics.why_no_interval(groups, differ, "differ")
 
     def share(name: str, reason: str | None, true, tied: float = 0.0) -> dict:
-        """`true` takes the means of all configurations, drawn (draws,) or moved (INNER, OUTER). Moved draws never tie:
-        half of the ties fall on either side, and are taken off again."""
+        """`true` takes the means of all configurations, drawn (draws,) or moved (INNER, OUTER). Moved draws never
+        tie: half of the ties fall on either side, and are taken off again."""
         low, high = (None, None)
         if not reason:
             ends = np.quantile(true(outer).mean(axis=0), statistics.tails(groups, confidence))

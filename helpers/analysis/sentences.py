@@ -90,7 +90,7 @@ def setup(f: Frames) -> list[str]:
             f"{listed(unpacked.label)}: no 4-bit kernel here. The weights were unpacked when loaded, so speed and "
             "memory are full precision's and are not shown again."
         )
-    partly = names[names.quantized_share.astype(float) < 0.9]
+    partly = names[~names.full & (names.quantized_share.astype(float) < 0.9)]
     for name, row in partly.iterrows():
         said.append(f"{f.label(name)} quantized only {percent(row.quantized_share)} of the linear weights.")
     return said
@@ -226,22 +226,18 @@ def spread(row) -> str:
 
 
 def recommendation(f: Frames, all_turns) -> list[str]:
-    """Should I use NF4? One line per reason to say yes or no."""
+    """Should I use NF4? Whether it costs accuracy here, and which format certainly keeps most."""
     mine = contrasts.vs_full(f, all_turns)
     said = []
-    for name in ("nf4", "fp4"):
-        if name in mine.index and pd.notna(mine.recovery_low[name]):
-            row = mine.loc[name]
-            verdict = COSTS.get(row.verdict, "costs no accuracy" if row.verdict.startswith("equal") else None)
-            keeps = recovered(row.recovery, row.recovery_low, row.recovery_high)
-            said.append(f"{f.label(name)} {verdict or 'may or may not cost accuracy'} here: {keeps} recovery.")
+    if "nf4" in mine.index and pd.notna(mine.recovery_low["nf4"]):
+        row = mine.loc["nf4"]
+        verdict = COSTS.get(row.verdict, "costs no accuracy" if row.verdict.startswith("equal") else None)
+        said.append(f"Should I use NF4? Here it {verdict or 'may or may not cost accuracy: n is too small to say'}.")
     best = mine[mine.recovery_low.notna()].sort_values("recovery_low", ascending=False)
     if len(best):
         name = best.index[0]
-        said.append(
-            f"Safest choice by the interval's lower end: {f.label(name)}, at least "
-            f"{number(best.recovery_low[name], 0)}% recovery{smaller(f, name)}."
-        )
+        least = number(best.recovery_low[name], 0)
+        said.append(f"Safest format by the interval's lower end: {f.label(name)}, at least {least}%{smaller(f, name)}.")
     return said
 
 

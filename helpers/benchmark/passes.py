@@ -76,8 +76,8 @@ class Bench(NamedTuple):
 
 
 def own_compile_cache() -> None:
-    """Let this process compile into a folder of its own: tuned kernels are cached on disk, and processes that share the
-    cache are not independent."""
+    """Let this process compile into a folder of its own: tuned kernels are cached on disk, and processes that share
+    the cache are not independent."""
     folder = tempfile.mkdtemp(prefix="inductor-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     os.environ.pop("TRITON_CACHE_DIR", None)  # Inductor then puts Triton's into its own
@@ -109,8 +109,7 @@ def _kv_bytes(model, seed: int) -> float:
 
 
 def load(study, configuration, process: int = 1) -> Bench:
-    """Load the model, keep what that took, and find what the hardware can do; processes after the first measure times
-    only. Raises StudyError or NotHere if the weights can't be had."""
+    """Load the model; `process` after the first measure times alone. Raises StudyError or NotHere without weights."""
     began = time.perf_counter()
     own_compile_cache()
     device = device_and_dtype(configuration.dtype)[0]
@@ -174,7 +173,6 @@ def memory(bench: Bench) -> dict:
         generate(model, prompt(model, 1, sizes.prompt_tokens, bench.seed), min(sizes.decode_tokens, 4))
         held["peak_decode_mb"] = None if no_peak else peak_mb(bench.device)
     peaks = [held[k] or 0.0 for k in ("peak_load_mb", "peak_prefill_mb", "peak_decode_mb")]
-    # On a CPU each phase starts the process's own peak anew.
     held["process_peak_mb"] = max(process_peak_mb(), *(peaks if bench.device.type == "cpu" else [0.0]))
     return {"memory": held, "left_out": found["left_out"]}
 
@@ -207,7 +205,6 @@ def prefill(bench: Bench, progress=print) -> dict:
                     graph = decoder.captured_prefill(model, ids)
                 run = graph.replay if graph else lambda ids=ids: model(input_ids=ids, use_cache=True, logits_to_keep=1)
                 seconds = timing.CELL_SECONDS[bench.device.type]
-                # The memory pass took the same path once.
                 samples = timing.repeat(run, bench.device, sizes.repeats, sizes.warmup - 1, seconds)
                 del run, graph
                 found["prefill"].append(prefill_row(mode, 1, tokens, samples, limit))
@@ -283,8 +280,8 @@ def decode(bench: Bench, mode: str, progress=print) -> dict:
             found["left_out"].append({"what": what, "reason": "a long context is measured without compiling for it"})
             continue
         if mode != "eager" and time.perf_counter() + expected > bench.deadline - CAPACITY_SECONDS:
-            reason = f"building it takes some {expected:.0f} s, and the time for this notebook was over"
-            found["left_out"].append({"what": what, "reason": reason})
+            why = f"building it takes some {expected:.0f} s, and the time for this notebook was over"
+            found["left_out"].append({"what": what, "reason": why})
             continue
         with attempt(found, what):
             decoder.refuse(bench.model, mode)

@@ -1,29 +1,32 @@
 """`hf-dialogue`: lm-eval's Hugging Face model, but contexts that continue one another are prefilled once.
 
-In a conversation turn t's prompt is the beginning of turn t+1's. Stock lm-eval runs each from its start, in batches that go on until the
-last row stops. Here the longest prompt is run once; every turn becomes a row that sees it up to its own length (helpers.slots); rows that
-are done leave, and other dialogues' rows take their place. Requests that share nothing run too, each as a group of one.
+In a conversation turn t's prompt is the beginning of turn t+1's. Stock lm-eval runs each from its start, in batches
+that go on until the last row stops. Here the longest prompt is run once; every turn becomes a row that sees it up to
+its own length (helpers.evaluate.slots); rows that are done leave, and other dialogues' rows take their place. Requests
+that share nothing run too, each as a group of one.
 
     from helpers.evaluate.hf_dialogue import HFDialogue
     model = HFDialogue(pretrained=model, tokenizer=tokenizer, answer_line=True)
     lm_eval.simple_evaluate(model=model, tasks=["coqa_turns"], task_manager=TaskManager(include_path="helpers/tasks"))
     model.report()          # questions, groups, seconds by phase, peak rows, fallbacks with their reasons
 
-or, with lm-eval's own command line and all its options,
+or, with lm-eval's own command line (its `--use_cache` keys answers by the model's arguments alone: another model under
+the same arguments gets the first one's answers),
 
-    python -m helpers.evaluate.hf_dialogue run --model hf-dialogue --model_args pretrained=MODEL --tasks coqa_turns --include_path helpers/tasks
+    python -m helpers.evaluate.hf_dialogue run --model hf-dialogue --model_args pretrained=MODEL \\
+        --tasks coqa_turns --include_path helpers/tasks
 
-Greedy generation only. Truncation, stop sequences and what is cut off the text are lm-eval's (lm_eval/models/huggingface.py,
-`generate_until`); anything else (sampling, beams, a model whose attention is unfamiliar) is handed to it, and the reason is counted.
+Greedy generation only. Truncation, stop sequences and what is cut off the text are lm-eval's
+(lm_eval/models/huggingface.py, `generate_until`); anything else (sampling, beams, an unfamiliar attention) is handed
+to it, and the reason is counted and said once.
 """
 
+import logging
 import os
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval.api.registry import register_model
@@ -31,80 +34,42 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from tqdm import tqdm
 
+from helpers import StudyError
+from helpers.evaluate import limits as limits_of
+from helpers.evaluate.limits import (
+    CHEAP_TOKENS,
+    CPU_CONTEXTS,
+    CPU_GUESSED_TOKENS,
+    CUDA_GUESSED_TOKENS,
+    GUESSES,
+    MAX_TURNS,
+    Limits,
+)
 from helpers.evaluate.requests import Endings, Group, Request, group_by_prefix, guess
-from helpers.evaluate.slots import PackedSlots, Row, Slots, bytes_per_column, bytes_per_token, room, unsupported
+from helpers.evaluate.slots import PackedSlots, Row, Slots, unsupported
 from helpers.evaluate.static_slots import OutOfColumns, StaticSlots
-from helpers.setup.layers import widest_layer
 
-GREEDY = {"until", "max_gen_toks", "do_sample", "temperature"}
+GREEDY = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 # Keys of a model's generation_config that don't change what greedy generation yields.
-HARMLESS = {
-    *(
-        "bos_token_id",
-        "pad_token_id",
-        "eos_token_id",
-        "do_sample",
-        "temperature",
-        "top_p",
-        "top_k",
-        "max_length",
-        "max_new_tokens",
-    ),
-    *(
-        "use_cache",
-        "output_attentions",
-        "output_hidden_states",
-        "transformers_version",
-        "_from_model_config",
-        "cache_implementation",
-    ),
-}
-INT32 = 2**31
-MAX_TURNS = 64  # rows over one context; a larger group is split
-CPU_SLOTS = 12
-CPU_CONTEXTS = 4  # of the longest context; more at a time are no faster
-CPU_GUESSED_TOKENS = 48  # guesses fill up a step of fewer tokens: it costs little more
-GUESSES = 15  # for one row
-CHEAP_TOKENS = (
-    4  # a step of so many takes hardly longer than a step of one: they are guessed even where guesses are bad
+HARMLESS = set(
+    "bos_token_id pad_token_id eos_token_id do_sample temperature top_p top_k max_length use_cache output_attentions "
+    "output_hidden_states transformers_version _from_model_config cache_implementation".split()
 )
-CPU_ROWS = 128
-CPU_PREFILL_TOKENS = 512
-CUDA_SLOTS = 64
-CUDA_ROWS = 1024
-CUDA_PREFILL_TOKENS = (
-    32768  # starting a pass takes the host as long as the GPU needs for so many tokens of a small model
-)
-CUDA_GUESSED_TOKENS = 128
-SLOTS_SHARE, ACTIVATIONS_SHARE = 0.6, 0.3  # of free memory
-
-
-@dataclass
-class Limits:
-    """What one round may hold at a time."""
-
-    slots: int
-    rows: int
-    prefill_tokens: int
-    columns: int  # of all slots together, and as much as a prefill needs beside them; static slots have them anyway
-
-    def halved(self) -> "Limits | None":
-        if max(self.slots, self.rows) == 1:
-            return None
-        return Limits(**{name: max(1, value // 2) for name, value in vars(self).items()})
+logger = logging.getLogger(__name__)
 
 
 @register_model("hf-dialogue")
 class HFDialogue(HFLM):
     """HFLM whose greedy `generate_until` shares prefixes.
 
-    answer_line: a row stops when its first line with text on it ends. CoQA's metric reads no further; other tasks may, so it is off
-    unless asked for. static: decode over fixed buffers (default: on CUDA). cuda_graph: as CUDA graphs. max_slots, max_rows,
-    prefill_tokens: upper limits; found from free memory where not given. contexts: how many of the longest context fit into packed slots at
-    a time (default: batch_size, for about the memory that stock takes with it; CPU_CONTEXTS if that is "auto"). Everything else is HFLM's.
+    answer_line: a row stops when its first line with text ends; CoQA's metric reads no further, other tasks may, so it
+    is off unless asked for. static: decode over fixed buffers (default: on CUDA). cuda_graph: as CUDA graphs.
+    max_slots, max_rows, prefill_tokens: upper limits; found from free memory where not given. contexts: how many of
+    the longest context fit into packed slots at a time (default: batch_size, for about stock's memory; CPU_CONTEXTS if
+    that is "auto"). Everything else is HFLM's.
 
-    After a run: `seconds` by phase, `counts`, `fallbacks` (reason -> requests), `limits` (of the last round), `generated` (token ids of
-    the last call's answers, in its order; None where HFLM answered).
+    After a run: `seconds` by phase, `counts`, `fallbacks` (reason -> requests), `limits` (of the last round),
+    `generated` (token ids of the last call's answers, in its order; None where HFLM answered).
     """
 
     def __init__(
@@ -120,6 +85,12 @@ class HFDialogue(HFLM):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        settings = getattr(self.model, "generation_config", None)
+        if getattr(settings, "max_new_tokens", None):
+            logger.warning(
+                "the model's own max_new_tokens (%s) is cleared: a task says its length", settings.max_new_tokens
+            )
+            settings.max_new_tokens = None
         self.answer_line = answer_line
         self.static = static
         self.cuda_graph = cuda_graph
@@ -138,10 +109,11 @@ class HFDialogue(HFLM):
         self.generated: list[list[int] | None] = []
 
     def report(self) -> dict:
-        """seconds: by phase (s; what the host does for the next step while a GPU is at a prefill counts as prefill); counts: requests,
-        groups, alone, misaligned, truncated, prefill_tokens, context_tokens (what stock prefills), decode_steps, decode_tokens, guessed,
-        guessed_right, peak_rows, graphs, out_of_memory; fallbacks: reason -> requests, or -> 1 for a step that could not be captured;
-        limits: slots, rows, prefill_tokens, columns of the last round."""
+        """seconds: by phase (s; what the host does for the next step while a GPU is at a prefill counts as prefill);
+        counts: requests, groups, alone, misaligned, truncated, prefill_tokens, context_tokens (what stock prefills),
+        decode_steps, decode_tokens, guessed, guessed_right, peak_rows, graphs, out_of_memory; fallbacks: reason ->
+        requests, or -> 1 for a step that could not be captured; limits: slots, rows, prefill_tokens, columns of the
+        last round."""
         limits = vars(self.limits) if self.limits else None
         return {
             "seconds": dict(self.seconds),
@@ -163,8 +135,8 @@ class HFDialogue(HFLM):
     # ---- lm-eval's interface
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """The answers to lm-eval's requests (context, generation arguments), in their order. An error leaves finished answers in lm-eval's
-        cache (`use_cache`) and nothing behind in the model."""
+        """The answers to lm-eval's requests (context, generation arguments), in their order. An error leaves
+        finished answers in lm-eval's cache (`use_cache`) and nothing behind in the model."""
         self.generated = [None] * len(requests)
         answers: list[str | None] = [None] * len(requests)
         with self._timed("total"):
@@ -177,6 +149,8 @@ class HFDialogue(HFLM):
                 self._answer(self._prepare(requests, mine), answers, bar)
             if stock:
                 self.fallbacks.update(reasons[n] for n in stock)
+                for reason, count in Counter(reasons[n] for n in stock).items():
+                    logger.warning("%d of %d requests go to lm-eval's own model: %s", count, len(requests), reason)
                 with self._timed("stock"):
                     found = super().generate_until([requests[n] for n in stock], disable_tqdm=disable_tqdm)
                 for n, answer in zip(stock, found, strict=True):
@@ -199,7 +173,7 @@ class HFDialogue(HFLM):
         reasons = []
         for request in requests:
             kwargs = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
-            odd = sorted(set(kwargs) - GREEDY)
+            odd = sorted(key for key in set(kwargs) - GREEDY if (key, kwargs[key]) != ("num_beams", 1))
             if kwargs["do_sample"] or kwargs.get("temperature", 0.0):
                 reasons.append("sampling")
             elif odd:
@@ -237,9 +211,9 @@ class HFDialogue(HFLM):
                 kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
                 until = handle_stop_sequences(kwargs["until"], eos=eos)
                 room = self.max_length - kwargs["max_gen_toks"]
-                assert room > 0, (
-                    f"max_gen_toks {kwargs['max_gen_toks']} must be less than the model's maximum length {self.max_length}"
-                )
+                if room <= 0:
+                    wanted = f"max_gen_toks is {kwargs['max_gen_toks']}"
+                    raise StudyError(f"{wanted}, and the model reads no more than {self.max_length} tokens: lower it")
                 self.counts["truncated"] += len(tokens) > room
                 line = self.answer_line and self.endings.line_is_safe(until)
                 prepared.append(Request(n, context, gen_kwargs, tokens[-room:], kwargs["max_gen_toks"], until, line))
@@ -259,7 +233,7 @@ class HFDialogue(HFLM):
                 self.counts["groups"] += len(groups)
                 self.counts["alone"] += sum(len(g.requests) == 1 for g in groups)
                 self.counts["misaligned"] += misaligned
-                limits = self._find_limits(groups)
+                limits = limits_of.find(self, groups)
             self.limits = limits
             try:
                 self._round(groups, limits, answers, bar)
@@ -272,45 +246,6 @@ class HFDialogue(HFLM):
             # Outside the handler: the exception's traceback would keep the round's buffers alive.
             if limits is not self.limits and self.device.type == "cuda":
                 torch.cuda.empty_cache()
-
-    def _find_limits(self, groups: list[Group]) -> Limits:
-        """Limits from free memory, from what is worth holding, and so that rows times columns of any layer stay under 2^31."""
-        cuda = self.device.type == "cuda"
-        if cuda:
-            free = torch.cuda.mem_get_info(self.device)[0]
-            free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        else:
-            free = psutil.virtual_memory().available
-        columns = self._columns(groups, CUDA_ROWS if cuda else CPU_ROWS)
-        slot_bytes = columns * bytes_per_column(self.model)
-        most = INT32 // widest_layer(self.model) - 1
-        prefill = min(
-            CUDA_PREFILL_TOKENS if cuda else CPU_PREFILL_TOKENS,
-            most,
-            int(free * ACTIVATIONS_SHARE / bytes_per_token(self.model)),
-        )
-        slots = min(
-            CUDA_SLOTS if cuda else CPU_SLOTS,
-            int(free * SLOTS_SHARE / slot_bytes),
-            sum(len(g.requests) for g in groups),
-        )
-        found = {"slots": slots, "rows": min(CUDA_ROWS if cuda else CPU_ROWS, most), "prefill_tokens": prefill}
-        found = {name: max(1, int(self.wanted[name] or value)) for name, value in found.items()}
-        if not self._packed():
-            return Limits(**found, columns=columns * found["slots"])
-        # As much as so many of the longest context need, one of them while it is run: stock needs that too.
-        return Limits(**found, columns=columns * min(found["slots"], self.contexts) + self._running(groups[0].length))
-
-    def _running(self, tokens: int) -> int:
-        """Columns that take as much memory as so many tokens' activations do in a prefill."""
-        return int(tokens * bytes_per_token(self.model) / bytes_per_column(self.model))
-
-    @staticmethod
-    def _columns(groups: list[Group], rows: int) -> int:
-        """Columns of a slot to begin with: the longest context, and room for answers of ordinary length."""
-        turns = min(max(len(g.requests) for g in groups), rows, MAX_TURNS)
-        most = max(r.max_gen_toks for g in groups for r in g.requests)
-        return groups[0].length + min(turns * most, room(turns))
 
     def _round(self, groups: list[Group], limits: Limits, answers: list, bar) -> None:
         turns = min(limits.rows, max(len(g.requests) for g in groups), MAX_TURNS)
@@ -336,7 +271,7 @@ class HFDialogue(HFLM):
         if self._packed():
             return PackedSlots(self.model, count)
         captured = self.cuda_graph and self.device.type == "cuda"
-        return StaticSlots(self.model, count, turns, self._columns(groups, turns), captured=captured)
+        return StaticSlots(self.model, count, turns, limits_of.columns(groups, turns), captured=captured)
 
     def _packed(self) -> bool:
         return not (self.device.type == "cuda" if self.static is None else self.static)
@@ -362,7 +297,7 @@ class HFDialogue(HFLM):
                 too_long = batch and tokens > limits.prefill_tokens
                 too_many = rows + len(group.requests) > limits.rows
                 if self._packed():
-                    too_many = too_many or held + group.length + self._running(tokens) > limits.columns
+                    too_many = too_many or held + group.length + limits_of.running(self.model, tokens) > limits.columns
                 if too_long or ((batch or active) and too_many):
                     break
                 batch.append(queue.pop())
@@ -400,7 +335,8 @@ class HFDialogue(HFLM):
         self._retire(active, sorted(active), found, eos, answers, bar)
 
     def _drafts(self, requests: list[Request]) -> list[list[int]]:
-        """Guesses for every row, as many as the step takes; after a wrong one, a row starts again with a single guess."""
+        """Guesses for every row, as many as the step takes; after a wrong one, a row starts again with a single
+        guess."""
         share = min(
             GUESSES, (CUDA_GUESSED_TOKENS if self.device.type == "cuda" else CPU_GUESSED_TOKENS) // len(requests) - 1
         )
@@ -412,7 +348,8 @@ class HFDialogue(HFLM):
         return drafts
 
     def _retire(self, active, slots: list[int], found: list[list[int]], eos, answers, bar) -> None:
-        """Give the rows of these slots their newest tokens; rows that are done leave, and slots without rows are free."""
+        """Give the rows of these slots their newest tokens; rows that are done leave, and slots without rows are
+        free."""
         start = time.perf_counter()
         tokens = iter(found)
         for slot in slots:

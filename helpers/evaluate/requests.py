@@ -1,8 +1,8 @@
 """Questions put to a model, and when the answer to one ends, exactly as lm-eval's HFLM has it.
 
-A request's answer ends at an end-of-text token, after `max_gen_toks` tokens, at a stop sequence, or, if `answer_line`, where its first line
-with text on it ends. CoQA's metric reads no further than that line (lm_eval/tasks/coqa/utils.py, `process_results`).
-"""
+A request's answer ends at an end-of-text token, after `max_gen_toks` tokens, at a stop sequence, or, if
+`answer_line`, where its first line with text on it ends. CoQA's metric reads no further than that line
+(lm_eval/tasks/coqa/utils.py, `process_results`)."""
 
 from dataclasses import dataclass, field
 
@@ -38,8 +38,8 @@ class Group:
 
 
 def group_by_prefix(requests: list[Request]) -> tuple[list[Group], int]:
-    """Requests as groups, longest context first within each and overall; and how many contexts continue another's text but not its tokens
-    (a token that spans the boundary), which therefore run alone."""
+    """Requests as groups, longest context first within each and overall; and how many contexts continue another's
+    text but not its tokens (a token that spans the boundary), which therefore run alone."""
     groups: list[Group] = []
     alone, misaligned, leader = [], 0, None
     for request in sorted(requests, key=lambda r: (r.context, r.index), reverse=True):
@@ -56,8 +56,9 @@ def group_by_prefix(requests: list[Request]) -> tuple[list[Group], int]:
 
 
 def guess(request: Request, count: int, shortest: int = 2) -> list[int]:
-    """Up to `count` tokens that may follow: what followed the answer's last three tokens (or fewer, down to `shortest`) where they stood
-    before, in the answer or its context. An answer that goes round in circles, or quotes, is guessed right."""
+    """Up to `count` tokens that may follow: what followed the answer's last three tokens (or fewer, down to
+    `shortest`) where they stood before, in the answer or its context. An answer that goes round in circles, or
+    quotes, is guessed right."""
     if count < 1:
         return []
     if not request.spelt:
@@ -77,7 +78,8 @@ def spell(tokens: list[int]) -> str:
 
 
 class Endings:
-    """Decides after every token, for one tokenizer. think_end_token: HFLM's (what precedes it is no part of the answer)."""
+    """Decides after every token, for one tokenizer. think_end_token: HFLM's (what precedes it is no part of the
+    answer)."""
 
     def __init__(self, tokenizer, think_end_token: str | int | None = None):
         self.tokenizer, self.think_end_token = tokenizer, think_end_token
@@ -87,7 +89,8 @@ class Endings:
         self.cleanup = not tokenizer.decode(tokenizer.encode("a .", add_special_tokens=False)).endswith(" .")
 
     def line_is_safe(self, until: list[str]) -> bool:
-        """Whether stopping at the line's end can't change that line: a stop sequence that continues over it could still cut it."""
+        """Whether stopping at the line's end can't change that line: a stop sequence that continues over it could
+        still cut it."""
         return self.think_end_token is None and not any("\n" in stop.lstrip() for stop in until)
 
     def _piece(self, token: int) -> str:
@@ -96,7 +99,8 @@ class Endings:
         return self.pieces[token]
 
     def _window(self, stop: str) -> int:
-        """How many last tokens lm-eval searches for a stop sequence (lm_eval/models/utils_hf.py, MultiTokenEOSCriteria)."""
+        """How many last tokens lm-eval searches for a stop sequence (lm_eval/models/utils_hf.py,
+        MultiTokenEOSCriteria)."""
         if stop not in self.windows:
             self.windows[stop] = len(self.tokenizer.encode(stop, add_special_tokens=False)) + 2
         return self.windows[stop]
@@ -110,7 +114,8 @@ class Endings:
         request.made.append(token)
         if token in eos or len(request.made) >= request.max_gen_toks:
             return True
-        # Text is decoded only when the newest token could have completed something: it holds a last character, or part of one.
+        # Text is decoded only when the newest token could have completed something: it holds a last character, or
+        # part of one.
         piece = self._piece(token)
         loose = not piece or "\ufffd" in piece or self._moves(request.until)
         for stop in request.until:
@@ -127,7 +132,8 @@ class Endings:
         )
 
     def text(self, request: Request) -> str:
-        """The answer as HFLM gives it (lm_eval/models/huggingface.py, `generate_until`), cut after its line if `answer_line`."""
+        """The answer as HFLM gives it (lm_eval/models/huggingface.py, `generate_until`), cut after its line if
+        `answer_line`."""
         tokens, think = request.made, self.think_end_token
         if isinstance(think, int) and think in tokens:
             tokens = tokens[len(tokens) - tokens[::-1].index(think) :]

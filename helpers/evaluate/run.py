@@ -36,7 +36,8 @@ def model(study: Study, loaded: Loaded) -> HFDialogue:
 
 
 def evaluate(study: Study, loaded: Loaded, lm: HFDialogue | None = None) -> dict:
-    """Put every question to the model. Returns lm-eval's results with `samples`, `seconds` (without loading), `engine`.
+    """Put every question to the model. Returns lm-eval's results with `samples`, `seconds` (without loading),
+    `engine`.
 
     Raises StudyError if a further task's name is unknown to lm-eval.
     """

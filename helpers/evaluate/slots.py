@@ -1,17 +1,18 @@
 """Contexts whose keys and values many answers share: prefill once, decode many rows.
 
-Vocabulary. A *slot* holds one context's keys and values, and behind them those of the tokens generated over it, a *column* a token.
-A *row* is one answer being generated: it sees the first `length` columns of its slot's context and its own generated columns, and
-nothing of its neighbours'. A *group* is a context with the lengths at which rows begin: a dialogue's last prompt, with its turns' ends.
+Vocabulary. A *slot* holds one context's keys and values, and behind them those of the tokens generated over it, a
+*column* a token. A *row* is one answer being generated: it sees the first `length` columns of its slot's context and
+its own generated columns, and nothing of its neighbours'. A *group* is a context with the lengths at which rows
+begin: a dialogue's last prompt, with its turns' ends.
 
-    slots = PackedSlots(model, slots=8)
-    rows = slots.prefill([(tokens, [210, 260, 305])], [slot])     # greedy first tokens: rows[0].token ...
-    slots.step(rows)                                               # each row's next token; drop finished rows between steps
+    slots = PackedSlots(model, slots=8) rows = slots.prefill([(tokens, [210, 260, 305])], [slot])     # greedy first
+    tokens: rows[0].token ... slots.step(rows)                                               # each row's next token;
+    drop finished rows between steps
 
-The model's own forward runs, without its cache: an attention function (`shared_context`) keeps keys and values in the slots. Linear
-layers see packed rows, so that a row that has left costs nothing. Here the attention goes slot by slot over exactly its columns, as suits a
-CPU; helpers.static_slots works on fixed buffers, so that a CUDA graph can hold the step.
-"""
+The model's own forward runs, without its cache: an attention function (`shared_context`) keeps keys and values in the
+slots. Linear layers see packed rows, so that a row that has left costs nothing. Here the attention goes slot by slot
+over exactly its columns, as suits a CPU; helpers.static_slots works on fixed buffers, so that a CUDA graph can hold
+the step."""
 
 import itertools
 from contextlib import nullcontext
@@ -56,7 +57,8 @@ class Place(NamedTuple):
 
 
 def unsupported(model) -> str | None:
-    """Why this model's attention can't be replaced, or None. Checked: architecture, sliding windows, wrappers, placement."""
+    """Why this model's attention can't be replaced, or None. Checked: architecture, sliding windows, wrappers,
+    placement."""
     config = model.config
     kind = getattr(config, "model_type", None)
     if kind not in SUPPORTED:
@@ -85,7 +87,8 @@ def bytes_per_column(model) -> int:
 
 
 def bytes_per_token(model) -> int:
-    """Activations of one token within a layer of a prefill, bytes: what the MLP and the attention hold at a time, rounded up."""
+    """Activations of one token within a layer of a prefill, bytes: what the MLP and the attention hold at a time,
+    rounded up."""
     config = model.config
     return (4 * config.intermediate_size + 8 * config.hidden_size) * model.dtype.itemsize
 
@@ -100,8 +103,9 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def shared_context(module, query, key, value, attention_mask, scaling=None, dropout=0.0, attend=None, **kwargs):
-    """transformers' attention interface: query [batch, heads, tokens, head_dim], key and value [batch, kv_heads, tokens, head_dim] of the
-    new tokens; returns [batch, tokens, heads, head_dim]. `attend` knows which slots they belong to."""
+    """transformers' attention interface: query [batch, heads, tokens, head_dim], key and value [batch, kv_heads,
+    tokens, head_dim] of the new tokens; returns [batch, tokens, heads, head_dim]. `attend` knows which slots they
+    belong to."""
     return attend(module.layer_idx, query, key, value, scaling), None
 
 
@@ -109,8 +113,8 @@ AttentionInterface.register(ATTENTION, shared_context)
 
 
 class WeightsAtTheLeft(TorchFunctionMode):
-    """Linear layers of few float32 rows as weight times columns: the same products, and a CPU's matrix library is up to three times
-    faster with them (eight times with the vocabulary's)."""
+    """Linear layers of few float32 rows as weight times columns: the same products, and a CPU's matrix library is up
+    to three times faster with them (eight times with the vocabulary's)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.linear and not kwargs:
@@ -122,9 +126,10 @@ class WeightsAtTheLeft(TorchFunctionMode):
 
 
 class Slots:
-    """What both forms share: the model's forward, prefill, and which guesses are kept. A form keeps the contexts' keys and values
-    (`_storing`: a function for all layers) and opens the slots' rows (`_open`). In a step it gives guesses their lanes (`_lanes`), has
-    columns for all (`_make_room`), runs the tokens (`_run`), and lets the rows see those that were kept (`_keep`)."""
+    """What both forms share: the model's forward, prefill, and which guesses are kept. A form keeps the contexts'
+    keys and values (`_storing`: a function for all layers) and opens the slots' rows (`_open`). In a step it gives
+    guesses their lanes (`_lanes`), has columns for all (`_make_room`), runs the tokens (`_run`), and lets the rows
+    see those that were kept (`_keep`)."""
 
     first = 0  # the first slot that is not scratch
 
@@ -168,13 +173,14 @@ class Slots:
 
     @torch.inference_mode()
     def prefill(self, groups: list[tuple[list[int], list[int]]], slots: list[int]) -> list[list[Row]]:
-        """Run contexts (tokens, lengths at which a row begins) into slots. Returns a list of rows per group, each with the greedy token
-        that follows its first `length` tokens."""
+        """Run contexts (tokens, lengths at which a row begins) into slots. Returns a list of rows per group, each
+        with the greedy token that follows its first `length` tokens."""
         # One behind the other, without padding.
         starts = [0, *itertools.accumulate(len(tokens) for tokens, _ in groups)]
         ids = torch.tensor([token for tokens, _ in groups for token in tokens], device=self.device)
         positions = torch.cat([torch.arange(len(tokens)) for tokens, _ in groups]).to(self.device)
-        # The vocabulary's logits are computed where a row begins and nowhere else: [rows, vocabulary], not [tokens, vocabulary].
+        # The vocabulary's logits are computed where a row begins and nowhere else: [rows, vocabulary], not [tokens,
+        # vocabulary].
         at = [start + length - 1 for start, (_, lengths) in zip(starts, groups, strict=False) for length in lengths]
         begin = torch.tensor(at, device=self.device)
         store, mix = self._storing(groups, slots, starts, positions), self._mixing(starts)
@@ -196,8 +202,8 @@ class Slots:
         """What the host can do for the next step while a GPU is at work on the prefill."""
 
     def _mixing(self, starts: list[int]):
-        """Attention of contexts that stand one behind the other, each token over its own context up to itself: a function of query
-        [1, heads, tokens, head_dim], key and value, that returns [1, tokens, heads, head_dim]."""
+        """Attention of contexts that stand one behind the other, each token over its own context up to itself: a
+        function of query [1, heads, tokens, head_dim], key and value, that returns [1, tokens, heads, head_dim]."""
         lengths = [stop - start for start, stop in itertools.pairwise(starts)]
         longest, flash, ends = max(lengths), self._flash(), torch.tensor(starts, dtype=torch.int32, device=self.device)
 
@@ -237,9 +243,9 @@ class Slots:
 
     @torch.inference_mode()
     def step(self, rows: list[Row], drafts: list[list[int]] | None = None) -> list[list[int]]:
-        """Every row's next tokens: one, and one more for each token guessed for it (`drafts`) up to the first wrong guess. Guesses run
-        along and are kept only where the model itself says the same: greedy speculative decoding (Leviathan et al., 2022,
-        https://arxiv.org/abs/2211.17192). Rows of one slot must stand together."""
+        """Every row's next tokens: one, and one more for each token guessed for it (`drafts`) up to the first wrong
+        guess. Guesses run along and are kept only where the model itself says the same: greedy speculative decoding
+        (Leviathan et al., 2022, https://arxiv.org/abs/2211.17192). Rows of one slot must stand together."""
         parts, end = self._places(rows, drafts or [[]] * len(rows))
         self._make_room(end)
         said, found, kept = iter(self._run(parts)), [], []

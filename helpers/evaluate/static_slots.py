@@ -1,4 +1,5 @@
-"""Shared contexts over fixed buffers (see helpers.slots): a step in buckets of rows and columns, which a CUDA graph can hold."""
+"""Shared contexts over fixed buffers (see helpers.slots): a step in buckets of rows and columns, which a CUDA graph
+can hold."""
 
 from weakref import WeakKeyDictionary
 
@@ -28,12 +29,11 @@ def uncapturable(model) -> str | None:
 
 
 class StaticSlots(Slots):
-    """`slots` contexts of up to `columns` columns and `turns` rows each. Slot 0 is scratch: padding rows write there. A slot has a *lane*
-    for each of its rows; a guessed token takes a free one.
+    """`slots` contexts of up to `columns` columns and `turns` rows each. Slot 0 is scratch: padding rows write
+    there. A slot has a *lane* for each of its rows; a guessed token takes a free one.
 
-    A step raises OutOfColumns before anything is changed. captured: steps run as CUDA graphs; `captures` counts them, `fallbacks` lists
-    reasons why a step was not captured.
-    """
+    A step raises OutOfColumns before anything is changed. captured: steps run as CUDA graphs; `captures` counts them,
+    `fallbacks` lists reasons why a step was not captured."""
 
     first = 1
 
@@ -74,8 +74,8 @@ class StaticSlots(Slots):
         self.mask[torch.tensor(slots, device=self.device)] = opened[:, None]
 
     def repack(self, keep: list[int], columns: int, rows: list[Row]) -> dict[int, int]:
-        """Keep these slots and no others, with room for `columns` columns; returns where each went, and tells its `rows`. Graphs are
-        captured anew."""
+        """Keep these slots and no others, with room for `columns` columns; returns where each went, and tells its
+        `rows`. Graphs are captured anew."""
         kept, columns = [*range(self.first), *keep], round_up(columns, COLUMN_MULTIPLE)
         width = min(columns, self.columns)
         # A memory pool is gone with the last of its graphs; a capture into it would fail.

@@ -157,7 +157,8 @@ def _download(name: str, revision: str | None, kind: str, **options):
 
 
 def _check_content(name: str, folder: Path, since: float) -> None:
-    """Large files are stored under the sha256 that the hub names; those that have just arrived are compared with it."""
+    """Large files are stored under the sha256 that the hub names; those that have just arrived are compared with
+    it."""
     for path in sorted(folder.rglob("*")):
         blob = path.resolve()
         if not re.fullmatch(r"[0-9a-f]{64}", blob.name) or blob.stat().st_mtime < since - 1:

@@ -219,9 +219,10 @@ def parameter_count(model) -> int:
 
 
 def widest_layer(model) -> int:
-    """Most columns that any linear layer reads or writes: rows times it must stay under 2^31 (bitsandbytes'
-    LLM.int8() overflows). The vocabulary's layer is left out: it never gets more than HEAD_ROWS rows."""
-    return max(max(m.in_features, m.out_features) for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
+    """Most columns that any linear layer reads or writes, whatever its class: rows times it must stay under 2^31
+    (bitsandbytes' LLM.int8() overflows). The vocabulary's layer is left out: it never gets more than HEAD_ROWS rows."""
+    sides = (getattr(m, key, 1) for m in model.base_model.modules() for key in ("in_features", "out_features"))
+    return max(sides, default=1)
 
 
 def widest_int8_layer(model) -> int | None:

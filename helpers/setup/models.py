@@ -254,7 +254,8 @@ def _checkpoint_bytes_of(folder: Path, layers: dict) -> int:
 
 
 def load(study: Study, configuration: Configuration) -> Loaded:
-    """The model on its device, quantized, in eval mode; its tokenizer (None for random weights); and how it was loaded.
+    """The model on its device, quantized, in eval mode; its tokenizer (None for random weights); and how it was
+    loaded.
 
     info: device, dtype (what is computed in), dtype_reason, load_seconds (s, from file to device, quantization
     included unless it is calibrated), parameters, quantized_layers, quantization (its options), kernel (what

@@ -282,8 +282,10 @@ def main() -> None:
         for task in given.tasks:
             r = found[name]["tasks"][task]
             print(
-                f"{name} {task}: {r['dialogue']['questions']} questions, stock {r['stock']['seconds_per_question']:.3f} s each (batch "
-                f"{r['stock']['batch_size']}), hf-dialogue {r['dialogue']['seconds_per_question']:.4f} s, {r['ratio']:.1f} times; same "
+                f"{name} {task}: {r['dialogue']['questions']} questions, stock "
+                f"{r['stock']['seconds_per_question']:.3f} s each (batch "
+                f"{r['stock']['batch_size']}), hf-dialogue {r['dialogue']['seconds_per_question']:.4f} s, "
+                f"{r['ratio']:.1f} times; same "
                 f"prediction {r['identical_share']:.1%}; F1 {r['stock']['f1']:.4f} and {r['dialogue']['f1']:.4f}",
                 flush=True,
             )

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import ROOT
 from helpers.evaluate import slots, static_slots
-from helpers.evaluate.hf_dialogue import CPU_ROWS, HFDialogue
+from helpers.evaluate.hf_dialogue import HFDialogue
+from helpers.evaluate.limits import CPU_ROWS
 from helpers.evaluate.requests import Request, group_by_prefix, guess
 from helpers.setup import coqa
 from helpers.setup.layers import widest_layer
@@ -270,7 +271,7 @@ def test_an_answer_that_never_ends_stops_at_max_gen_toks(tiny, tokenizer):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_buffers_that_are_too_short_grow_and_the_answers_stay(static, tiny, tokenizer, monkeypatch):
-    for module in ("slots", "dialogue"):
+    for module in ("slots", "limits"):
         monkeypatch.setattr(f"helpers.evaluate.{module}.room", lambda turns: 1)
     owner, name = (static_slots.StaticSlots, "repack") if static else (slots.PackedSlots, "_reserve")
     widths, original = set(), getattr(owner, name)
@@ -286,7 +287,7 @@ def test_buffers_that_are_too_short_grow_and_the_answers_stay(static, tiny, toke
 
 
 def test_slots_that_nothing_will_use_again_are_given_up(tiny, tokenizer, monkeypatch):
-    monkeypatch.setattr("helpers.evaluate.hf_dialogue.room", lambda turns: 1)
+    monkeypatch.setattr("helpers.evaluate.limits.room", lambda turns: 1)
     counts = []
 
     def watched(self, *arguments, repack=static_slots.StaticSlots.repack):

@@ -13,7 +13,7 @@ from helpers.analysis.style import NONE, number, percent, times
 
 MARKS = ("<!-- found: rendered by make readme from executed/reference -->", "<!-- end of found -->")
 ACCURACY, HARDWARE = (f"executed/reference/h200/{name}" for name in ("smollm2-135m", "llama-3.2-1b-random"))
-SHOWN = ("nf4", "fp4", "fp8")
+SHOWN = ("nf4", "fp4", "gptq", "fp8")
 
 
 def answer(f: Frames, hardware: Frames) -> list[str]:

@@ -316,6 +316,11 @@ def headline(f: Frames, all_turns, last_turns, paper: dict) -> list[str]:
     return [*(differs(f, row) for _, row in pair.iterrows()), *said, *redraws(f, contrasts.designs(f, paper)[:1])]
 
 
+def counted(n: int, verdict: str) -> str:
+    """3 do not hold, 1 holds."""
+    return f"{n} {verdict if n == 1 else {'holds': 'hold', 'does not hold': 'do not hold'}.get(verdict, verdict)}"
+
+
 def claims(*judged: pd.DataFrame) -> list[str]:
     """How many of the paper's claims stand, by kind; of several runs the first that decides one counts."""
     rows = pd.concat(judged)
@@ -324,5 +329,5 @@ def claims(*judged: pd.DataFrame) -> list[str]:
     said = []
     for kind, part in rows.groupby("kind", sort=True):
         by = part.verdict.value_counts()
-        said.append(f"{kind[0].upper()}{kind[1:]}: {', '.join(f'{n} {verdict}' for verdict, n in by.items())}.")
+        said.append(f"{kind[0].upper()}{kind[1:]}: {', '.join(counted(n, verdict) for verdict, n in by.items())}.")
     return said

@@ -105,9 +105,6 @@ def _kv_bytes(model, seed: int) -> float:
     return kv_cache_bytes_per_token(getattr(out, "past_key_values", None))
 
 
-# ---- memory ----
-
-
 def load(study, configuration, process: int = 1) -> Bench:
     """Load the model; `process` after the first measure times alone. Raises StudyError or NotHere without weights."""
     began = time.perf_counter()
@@ -117,6 +114,7 @@ def load(study, configuration, process: int = 1) -> Bench:
     gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated() if gpu else 0
     loaded = models.load(study, configuration)
+    free()  # what packing left behind is not the model's
     allocated = torch.cuda.memory_allocated() - before if gpu else None
     peak = None if no_peak else peak_mb(device)
     model, stored = loaded.model, stored_bytes(loaded.model)

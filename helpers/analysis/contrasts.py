@@ -111,8 +111,22 @@ def groups(f: Frames, column: str) -> pd.DataFrame:
         pairs = [(f.full, name) for name in f.configurations.index if name in wide and name != f.full]
         for row in statistics.compare(wide, clusters(wide), pairs, **options(f)):
             kept = {"low": row["ci_low"], "high": row["ci_high"], "full": row["mean_a"], "reason": row["reason"]}
-            kept |= {"questions": row["n_questions"], "dialogues": row["n_dialogues"]}
+            kept |= {"questions": row["n_questions"], "dialogues": row["n_dialogues"], "error": row["standard_error"]}
             found.append({"group": group, "configuration": row["b"], "difference": row["difference"]} | kept)
+    return pd.DataFrame(found)
+
+
+def pooled(f: Frames) -> pd.DataFrame:
+    """Random-effects mean over data sets of the F1 difference from full precision (recovery.pooled), a row per format;
+    empty for one data set."""
+    rows = groups(f, "data_set")
+    if rows.empty or rows.group.nunique() < 2:
+        return pd.DataFrame()
+    found = []
+    for name, part in rows.dropna(subset=["error"]).groupby("configuration", sort=False):
+        if len(part) > 1:
+            mean = recovery.pooled(part.difference, part.error, confidence=f.study.statistics.confidence)
+            found.append({"configuration": name} | mean)
     return pd.DataFrame(found)
 
 

@@ -309,11 +309,22 @@ def perplexities(f: Frames, neighbours: pd.DataFrame) -> list[str]:
     return said + ([f"Not separated by paired intervals: {'; '.join(same)}."] if same else [])
 
 
-def headline(f: Frames, all_turns, last_turns, paper: dict) -> list[str]:
-    """README's lines beside its table."""
+def heterogeneity(f: Frames) -> list[str]:
+    """Whose loss depends on the data (Cochran's test over data sets at the study's level)."""
+    over = contrasts.pooled(f)
+    if over.empty:
+        return []
+    level = 1 - f.study.statistics.confidence
+    depends = [f"{f.label(row.configuration)} (I2 {number(row.i2, 0)}%)" for row in over[over.q_p < level].itertuples()]
+    same = [f.label(name) for name in over[over.q_p >= level].configuration]
+    said = [f"The loss depends on the data for {listed(depends)}."] if depends else []
+    return said + ([f"No sign that it does for {listed(same)}, over {over.data_sets.max()} data sets."] if same else [])
+
+
+def chance(f: Frames, all_turns, last_turns, paper: dict) -> list[str]:
+    """What the paper's own design would have said here."""
     said = by_chance(f, contrasts.vs_full(f, all_turns), contrasts.vs_full(f, last_turns))
-    pair = all_turns[(all_turns.a == "nf4") & (all_turns.b == "fp4")]
-    return [*(differs(f, row) for _, row in pair.iterrows()), *said, *redraws(f, contrasts.designs(f, paper)[:1])]
+    return said + redraws(f, contrasts.designs(f, paper)[:1])
 
 
 def counted(n: int, verdict: str) -> str:

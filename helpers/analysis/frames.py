@@ -32,6 +32,8 @@ tokens          configuration, group (all, story, answers), tokens, ppl_full, pp
                 kl_low, kl_high, kl_median, kl_p99, kl_max, agreement, agreement_low, agreement_high (most likely
                 token equal to full precision's)
 confidence      configuration, low, high (full precision's largest probability), tokens, kl, agreement
+floor           kind (batch shape, or weight rounding), detail, kl, kl_median, kl_p99, kl_max, agreement, ln_ratio: full
+                precision vs itself, what no format can be told from
 dialogues       configuration, data_set, dialogue, tokens, nll_full, nll, kl (sums in nats)
 formats         index: format. relative_squared_error, sqnr_db, dtype: each format on full precision's weights, and
                 each quantized configuration's own (comparable: False where its method moves scales into neighbouring
@@ -82,6 +84,7 @@ class Frames(NamedTuple):
     agreement: pd.DataFrame
     tokens: pd.DataFrame
     confidence: pd.DataFrame
+    floor: pd.DataFrame
     dialogues: pd.DataFrame
     formats: pd.DataFrame
     layers: pd.DataFrame
@@ -171,6 +174,7 @@ def load(where: Study | str | Path) -> Frames:
         "agreement": tables.rows(measured, "agreement", {}, tables.AGREEMENT),
         "tokens": tables.tokens(data["fidelity"]),
         "confidence": tables.confidence(data["fidelity"]),
+        "floor": tables.floor(data["fidelity"]),
         "dialogues": tables.dialogues(data["fidelity"]),
         "formats": tables.formats(weights, data["fidelity"]),
         "layers": tables.layers(weights),

@@ -111,7 +111,13 @@ def noise_kind(kind: str) -> str:
     return NOISE.get(kind, kind.replace("_", " "))
 
 
-NOISE = {"nf4": "NF4 itself", "layer": "Gaussian noise, layer by layer", "block": "Gaussian noise, block by block"}
+NOISE = {
+    "nf4": "NF4 itself",
+    "block": "Gaussian noise, matched block by block",
+    "layer": "Gaussian noise, matched layer by layer",
+    "signs": "NF4's own errors, random signs",
+    "permuted": "NF4's own errors, permuted in their block",
+}
 
 
 def limitations(f: Frames, paper: dict) -> list[str]:

@@ -137,6 +137,13 @@ def confidence(fidelity: dict) -> pd.DataFrame:
     return table(rows, ["configuration", "low", "high", "tokens", "kl", "agreement"])
 
 
+FLOOR = ["kind", "detail", "kl", "kl_median", "kl_p99", "kl_max", "agreement", "ln_ratio"]
+
+
+def floor(fidelity: dict) -> pd.DataFrame:
+    return table([row for data in fidelity.values() for row in data.get("floor") or []], FLOOR)
+
+
 def dialogues(fidelity: dict) -> pd.DataFrame:
     rows = []
     for name, data in fidelity.items():

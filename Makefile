@@ -195,7 +195,7 @@ lab: $(ENV) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks/04_analysis.ipynb
 
 test: $(ENV) ## run all tests (no GPU needed; a browser test wants chromium)
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
 
 lint: $(ENV) ## check code and notebooks
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -81,9 +81,8 @@ def setup(f: Frames) -> list[str]:
         said.append(f"Computed in {dtype}: {listed(rows.label)}.")
     processes = f.times.groupby("configuration").process.nunique() if len(f.times) else pd.Series(dtype=int)
     if len(processes):
-        said.append(
-            f"Times: {device(f)}, {int(processes.min())} to {int(processes.max())} processes per configuration."
-        )
+        several = " to ".join(dict.fromkeys([str(processes.min()), str(processes.max())]))
+        said.append(f"Times: {device(f)}; processes per configuration: {several}.")
     unpacked = names[names.same_kernels]
     if len(unpacked):
         said.append(

@@ -51,9 +51,9 @@ from helpers.evaluate.static_slots import OutOfColumns, StaticSlots
 
 GREEDY = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 # Keys of a model's generation_config that don't change what greedy generation yields.
-HARMLESS = set(
-    ["bos_token_id", "pad_token_id", "eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length", "use_cache", "output_attentions", "output_hidden_states", "transformers_version", "_from_model_config", "cache_implementation"]
-)
+HARMLESS = {"bos_token_id", "pad_token_id", "eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length"}
+HARMLESS |= {"use_cache", "output_attentions", "output_hidden_states", "transformers_version", "cache_implementation"}
+HARMLESS |= {"_from_model_config"}
 logger = logging.getLogger(__name__)
 
 

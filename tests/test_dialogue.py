@@ -16,7 +16,7 @@ from lm_eval.tasks.coqa import utils as upstream
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import ROOT
-from helpers.evaluate import slots, static_slots
+from helpers.evaluate import limits, slots, static_slots
 from helpers.evaluate.hf_dialogue import HFDialogue
 from helpers.evaluate.limits import CPU_ROWS
 from helpers.evaluate.requests import Request, group_by_prefix, guess
@@ -482,7 +482,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_finished_answers(tiny, tokeniz
     fail_at(monkeypatch, 20, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"))
     assert mine.generate_until(requests(MIXED), disable_tqdm=True) == stock
     groups, _ = group_by_prefix(mine._prepare(requests(MIXED), range(len(MIXED))))
-    columns = (2 * mine._columns(groups, CPU_ROWS) + mine._running(groups[0].length)) // 2
+    columns = (2 * limits.columns(groups, CPU_ROWS) + limits.running(mine.model, groups[0].length)) // 2
     assert mine.counts["out_of_memory"] == 1 and vars(mine.limits) == {
         "slots": 1,
         "rows": 4,
@@ -523,8 +523,8 @@ def test_rows_times_columns_stay_under_two_to_the_31(tokenizer):
     assert widest_layer(model) == 2**28
     mine = HFDialogue(pretrained=model, tokenizer=tokenizer)
     groups, _ = group_by_prefix([request(0, "a", [1] * 100)])
-    limits = mine._find_limits(groups)
-    assert max(limits.rows, limits.prefill_tokens) * 2**28 < 2**31
+    found = limits.find(mine, groups)
+    assert max(found.rows, found.prefill_tokens) * 2**28 < 2**31
 
 
 # ---- other requests of HFLM, lm-eval's command line

@@ -203,7 +203,8 @@ def _study(where: str) -> Study:
             given = results.read(source).provenance["study"]
             known = {key: value for key, value in given.items() if key in Study.model_fields}
             inside = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-            return params.check(known | {"folder": str(inside)}, results.clean(str(source))).study
+            study = params.check(known | {"folder": None}, results.clean(str(source))).study
+            return study.model_copy(update={"folder": str(inside)})  # read, never written: it may lie anywhere
     raise StudyError(f"{where}: holds no results; give a folder that make run-all wrote, or the name of a study")
 
 

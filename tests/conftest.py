@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from helpers import CACHE, ROOT, params
 from helpers.setup import calibrated, models
@@ -77,12 +78,24 @@ def load(study):
     return get
 
 
+@pytest.fixture(scope="session")
+def three_blocks(embedded, tmp_path_factory) -> Path:
+    """A folder with the embedded model's first three blocks and its tokenizer: seconds a notebook, not minutes."""
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copytree(embedded, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(embedded)
+    del model.model.layers[3:]
+    model.config.num_hidden_layers = 3
+    model.config.layer_types = None
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def project(tmp_path, study) -> Path:
-    """The project as it stands, without results, with a study `tiny` of four dialogues; the weights' cache is
+def project(tmp_path, three_blocks) -> Path:
+    """The project as it stands, without results, with a study `tiny` of three blocks and four dialogues; the cache is
     shared.
     """
-    models.prepare(study)
     root = tmp_path / "project"
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -93,10 +106,13 @@ def project(tmp_path, study) -> Path:
             shutil.copy2(ROOT / name, root / name)
     (root / ".cache").symlink_to(CACHE)
     tiny = yaml.safe_load((ROOT / "params/smollm2-135m/study.yaml").read_text())
+    shutil.copytree(three_blocks, root / "models/tiny")
+    tiny["model"] = {"source": "path", "name": "models/tiny"}
     tiny |= {"study": "tiny", "title": "Tiny", "statistics": {"resamples": 200, "redraws": 200}}
     tiny["data"] |= {"dialogues": 5, "dialogues_on_cpu": 4}
     tiny["formats"] = ["fp16", "nf4"]
     tiny["benchmark"] = {"cpu": TINY}
+    tiny["evaluation"] = {"max_gen_toks": 16}  # three blocks do not know when to stop
     tiny["fidelity"] = {"dialogues": 2, "noise_seeds": [0], "block_sizes": [64]}
     (root / "params/tiny").mkdir()
     (root / "params/tiny/study.yaml").write_text(yaml.safe_dump(tiny, sort_keys=False))

@@ -102,6 +102,7 @@ def test_layers_count_what_is_stored():
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_calibrated_checkpoint_computes_the_same_packed(tiny, monkeypatch, method):
+    pytest.importorskip("llmcompressor")
     wanted = configuration(method, group_size=32, calibration=TOKENS)
     unpacked = models.load(tiny, wanted)
     assert not unpacked.info["packed"] and unpacked.info["kernel"].startswith("no 4-bit kernel here (it needs a GPU)")

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from helpers import ROOT
 from helpers.benchmark import int8_limit, roofline
+from helpers.setup import layers
 from helpers.setup.layers import widest_int8_layer
 
 CPU = torch.device("cpu")
@@ -101,7 +102,9 @@ def test_bytes_that_matmuls_read(load):
     full, nf4 = roofline.matmul_bytes(load("fp16").model), roofline.matmul_bytes(load("nf4").model)
     head = load("nf4").model.get_output_embeddings().weight.nbytes
     assert full[roofline.PACKED_MATMUL] == 0 and nf4[roofline.MATMUL] == head
-    assert nf4[roofline.PACKED_MATMUL] == pytest.approx((full[roofline.MATMUL] - head) / 8 * 1.032, rel=0.01)
+    # A byte for 64 weights, or, after a forward pass on a CPU with AVX512-BF16, two.
+    scales = 1.0625 if any(map(layers.repacked, load("nf4").model.modules())) else 1.032
+    assert nf4[roofline.PACKED_MATMUL] == pytest.approx((full[roofline.MATMUL] - head) / 8 * scales, rel=0.01)
 
 
 def tiny(kind: str, **options):

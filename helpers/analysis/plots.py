@@ -110,14 +110,15 @@ def embedded(name: str, folder, caption: str | None = None) -> str:
 
 def forest(axes, table, value: str, low: str, high: str, zero: float | None = None, scale: float = 1.0) -> None:
     """A row per configuration of `table` (its index), a point with its interval; rows without a value stay empty."""
+    numbers = scale * table[[value, low, high]].astype(float)  # None, too few dialogues for an interval, becomes NaN
     for y, (name, row) in enumerate(table.iterrows()):
-        if row[value] is None or np.isnan(row[value]):
+        at, least, most = numbers.iloc[y]
+        if np.isnan(at):
             continue
-        ends = [[scale * (row[value] - row[low])], [scale * (row[high] - row[value])]]
-        error = None if np.isnan(np.array(ends, dtype=float)).any() else np.maximum(0, np.array(ends, dtype=float))
+        error = None if np.isnan([least, most]).any() else np.maximum(0, [[at - least], [most - at]])
         shape = look(name[-1] if isinstance(name, tuple) else name)
         fill = {} if bool(row.get("differs", True)) else {"mfc": "white"}
-        axes.errorbar(scale * row[value], y, xerr=error, linestyle="none", **shape, **fill)
+        axes.errorbar(at, y, xerr=error, linestyle="none", **shape, **fill)
     if zero is not None and len(table):
         axes.axvline(scale * zero, color=LIGHT, linestyle="--", linewidth=1)
     axes.set_ylim(max(len(table), 1) - 0.5, -0.5)

@@ -13,7 +13,7 @@ from bitsandbytes.functional import has_avx512bf16
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from helpers import NotHere, StudyError, results
+from helpers import ROOT, NotHere, StudyError, results
 from helpers.params import Configuration, Study
 from helpers.setup import packages
 from helpers.setup.layers import quantized_layers, tensors
@@ -44,7 +44,7 @@ def damaged(folder: Path) -> str | None:
 
 
 def own_folder(name: str) -> str:
-    folder = Path(name)
+    folder = ROOT / Path(name).expanduser()  # a notebook's own folder is another
     if not (folder / "config.json").is_file():
         raise StudyError(f"model.name: {name} has no config.json; give a folder written by save_pretrained")
     pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
@@ -53,7 +53,7 @@ def own_folder(name: str) -> str:
         raise StudyError(f"model.name: {name} holds {what}; write it as safetensors with save_pretrained")
     if broken := damaged(folder):
         raise StudyError(f"model.name: {broken} in {name} is missing or truncated; copy or download it again")
-    return name
+    return str(folder)
 
 
 def verify(study: Study, folder: Path) -> None:

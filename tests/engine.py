@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from helpers.evaluate.hf_dialogue import HFDialogue
 
 SIZES = {
-    "hidden_size": 48,
+    "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -18,6 +18,7 @@ SIZES = {
     "head_dim": 16,
     "max_position_embeddings": 512,
     "initializer_range": 0.3,
+    "tie_word_embeddings": False,
 }
 
 
@@ -43,7 +44,8 @@ def small(kind: str, tokenizer, **options):
     any."""
     torch.manual_seed(0)
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = AutoConfig.for_model(kind, **({"vocab_size": len(tokenizer)} | special | SIZES | options))
+    given = {"vocab_size": len(tokenizer)} | special | SIZES | options
+    config = AutoConfig.for_model(kind, **{key: value for key, value in given.items() if value is not None})
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():  # some architectures begin with zeros, or all alike
         if parameter.dim() < 2:

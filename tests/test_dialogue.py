@@ -479,7 +479,7 @@ def test_an_error_leaves_the_model_as_it_was_and_a_second_run_finishes(tiny, tok
 
 def test_rows_times_columns_stay_under_two_to_the_31(tokenizer):
     model = small("llama", tokenizer)
-    model.model.layers[0].mlp.up_proj = torch.nn.Linear(48, 2**28, bias=False, device="meta")
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 2**28, bias=False, device="meta")
     assert widest_layer(model) == 2**28
     mine = HFDialogue(pretrained=model, tokenizer=tokenizer)
     groups = group_by_prefix([request(0, "a", [1] * 100)], rows=1)

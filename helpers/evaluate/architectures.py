@@ -8,8 +8,8 @@ import torch
 
 SUPPORTED = {
     *("arcee", "cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_oss", "granite"),
-    *("helium", "hunyuan_v1_dense", "llama", "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3"),
-    *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+    *("helium", "hunyuan_v1_dense", "llama", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3"),
+    *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2"),
 }
 REASONS = {
     "bloom": "adds ALiBi to the scores by the place in the cache, which is not the token's position here",
@@ -19,7 +19,9 @@ REASONS = {
     "gpt_neox": "calls its attention itself, not through transformers' interface",
     "lfm2": "keeps a convolution's state, which can't be shared token by token",
     "mamba": "keeps a state instead of keys and values",
+    "nemotron": "does not hand arguments on to its attention",
     "opt": "adds position embeddings by the place in the cache",
+    "stablelm": "does not hand arguments on to its attention",
 }
 LAYERS = {"full_attention", "sliding_attention"}
 
@@ -35,6 +37,8 @@ def unsupported(model) -> str | None:
         return f"model class {type(model).__module__}.{type(model).__name__}: not transformers' own"
     if odd := sorted(set(getattr(config, "layer_types", None) or []) - LAYERS):
         return f"layers of type {', '.join(odd)}"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "attention to later tokens"
     if any(type(p).__name__ == "DTensor" for p in model.parameters()):
         return "weights that are split over devices (tensor parallel)"
     devices = {p.device for p in model.parameters()}

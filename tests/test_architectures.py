@@ -10,6 +10,7 @@ from helpers.evaluate.attention import shared_context
 from helpers.evaluate.hf_dialogue import HFDialogue
 
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ALL_HEADS = {"num_key_value_heads": None, "head_dim": None}
 OPTIONS = {
     "gemma2": {"query_pre_attn_scalar": 16, "final_logit_softcapping": 2.0},
     "gemma3_text": {"query_pre_attn_scalar": 16},
@@ -19,6 +20,9 @@ OPTIONS = {
     "gpt_oss": EXPERTS,
     "cohere": {"logit_scale": 0.3},
     "cohere2": {"logit_scale": 0.3},
+    "gpt2": ALL_HEADS | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt_neox": ALL_HEADS,
+    "opt": ALL_HEADS | {"ffn_dim": 64, "word_embed_proj_dim": 64},
     "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3},
 }
 # With a window that is shorter than the texts, in every way in which a configuration asks for one.
@@ -33,13 +37,8 @@ WINDOWS = {
 }
 # What tiny configurations must be told that big ones are not.
 LEFT = {
-    "gpt2": {"n_embd": 48, "n_layer": 1, "n_head": 2, "n_positions": 512},
-    "gpt_neox": {},
-    "nemotron": {},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 64},
     "falcon": {"head_dim": None},
     "bloom": {},
-    "stablelm": {},
     "mamba": {"state_size": 4},
     "lfm2": {"full_attn_idxs": [1]},
 }

@@ -7,21 +7,17 @@ token to token but keys and values."""
 import torch
 
 SUPPORTED = {
-    *("arcee", "cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_oss", "granite"),
-    *("helium", "hunyuan_v1_dense", "llama", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3"),
-    *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2"),
+    *("arcee", "cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox"),
+    *("gpt_oss", "granite", "helium", "hunyuan_v1_dense", "llama", "ministral", "mistral", "mixtral", "nemotron"),
+    *("olmo", "olmo2", "olmo3", "opt", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+    *("stablelm", "starcoder2"),
 }
 REASONS = {
-    "bloom": "adds ALiBi to the scores by the place in the cache, which is not the token's position here",
-    "falcon": "calls its attention itself, not through transformers' interface",
+    "bloom": "its attention is its own (ALiBi), not behind transformers' interface",
+    "falcon": "its attention is its own, not behind transformers' interface",
     "gemma3": "is built for images and text: load its text model (gemma3_text)",
-    "gpt2": "adds position embeddings by the place in the cache",
-    "gpt_neox": "calls its attention itself, not through transformers' interface",
-    "lfm2": "keeps a convolution's state, which can't be shared token by token",
+    "lfm2": "keeps the state of a convolution beside keys and values",
     "mamba": "keeps a state instead of keys and values",
-    "nemotron": "does not hand arguments on to its attention",
-    "opt": "adds position embeddings by the place in the cache",
-    "stablelm": "does not hand arguments on to its attention",
 }
 LAYERS = {"full_attention", "sliding_attention"}
 

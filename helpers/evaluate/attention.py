@@ -3,6 +3,7 @@
 transformers hands an attention function what is special about a layer: a sliding window, a cap on scores (Gemma 2),
 attention sinks (gpt-oss). Here they are kept together as the layer's `Kind`, and none is passed over."""
 
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -29,14 +30,19 @@ class Kind(NamedTuple):
         return self.softcap is None and self.sinks is None
 
 
-def shared_context(module, query, key, value, attention_mask, scaling=None, dropout=0.0, attend=None, **kwargs):
+# What every layer of the running pass does, and knows which slots its tokens belong to: a function of layer, query,
+# key, value and kind. Not an argument of the pass: not every architecture hands those on.
+ATTEND: ContextVar = ContextVar("attend")
+
+
+def shared_context(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """transformers' attention interface: query [batch, heads, tokens, head_dim], key and value [batch, kv_heads,
-    tokens, head_dim] of the new tokens; returns [batch, tokens, heads, head_dim]. `attend` knows which slots they
-    belong to. Raises TypeError for an argument that it doesn't know."""
+    tokens, head_dim] of the new tokens; returns [batch, tokens, heads, head_dim]. Raises TypeError for an argument
+    that it doesn't know."""
     window, softcap, sinks = (kwargs.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
     if odd := sorted(name for name, given in kwargs.items() if given is not None and name not in IGNORED):
         raise TypeError(f"{type(module).__name__} passes {', '.join(odd)} to its attention, which is not known here")
-    return attend(module.layer_idx, query, key, value, Kind(scaling, window, softcap, sinks)), None
+    return ATTEND.get()(module.layer_idx, query, key, value, Kind(scaling, window, softcap, sinks)), None
 
 
 AttentionInterface.register(ATTENTION, shared_context)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from helpers.evaluate.architectures import finish, sizes
-from helpers.evaluate.attention import ATTENTION, additive, dot_product, tree_attention
+from helpers.evaluate.attention import ATTEND, ATTENTION, additive, dot_product, tree_attention
 from helpers.evaluate.prefixes import Group
 from helpers.setup.device import trim
 
@@ -109,14 +109,13 @@ class Slots:
             # transformers' SDPA passes over a cap on scores; so do the answers that are compared.
             return attend(layer, query, key, value, kind._replace(softcap=None) if before == "sdpa" else kind)
 
+        token = ATTEND.set(meant)
         try:
             with self._linear():
-                return (
-                    self.model.get_decoder()(
-                        input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=meant
-                    )
-                ).last_hidden_state[0]
+                found = self.model.get_decoder()(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+                return found.last_hidden_state[0]
         finally:
+            ATTEND.reset(token)
             config._attn_implementation = before
 
     def logits(self, hidden):

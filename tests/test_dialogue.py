@@ -221,9 +221,11 @@ def test_same_context_twice_and_more_turns_than_rows(tiny, tokenizer):
 # ---- where an answer ends
 
 
-def test_a_context_beyond_the_window_is_cut_as_stock_cuts_it(tiny, tokenizer):
+def test_a_context_beyond_the_window_is_cut_as_stock_cuts_it_and_told(tiny, tokenizer, caplog):
     expected, found, mine = both(tiny, tokenizer, conversation(6), options={"max_length": 212}, max_gen_toks=12)
-    assert found == expected
+    assert found == expected and f"{mine.counts['truncated']} of 6 prompts are longer than the 212" in caplog.text
+    mine.generate_until(requests(conversation(6), max_gen_toks=12, num_beams=2), disable_tqdm=True)
+    mine.counts["truncated"] /= 2  # HFLM's are counted too
     lengths = [len(tokenizer.encode(text)) for text in conversation(6)]
     assert mine.counts["truncated"] == sum(n > 200 for n in lengths) > 0
     assert any(n <= 200 for n in lengths)
@@ -397,6 +399,37 @@ def test_a_generation_config_that_changes_greedy_text_is_respected(tokenizer):
     model.generation_config.repetition_penalty = 1.5
     expected, found, mine = both(model, tokenizer, MIXED[:2])
     assert found == expected and "repetition_penalty" in next(iter(mine.fallbacks))
+
+
+def test_a_length_in_the_generation_config_is_cleared_and_told(tokenizer, caplog):
+    model = small("llama", tokenizer)
+    model.generation_config.max_new_tokens = 3
+    mine = HFDialogue(pretrained=model, tokenizer=tokenizer)
+    assert "max_new_tokens (3) is cleared" in caplog.text
+    expected, found, _ = both(model, tokenizer, MIXED[:2])
+    assert found == expected and mine.generate_until(requests(MIXED[:2]), disable_tqdm=True) == found
+    assert max(map(len, mine.generated)) > 3
+
+
+def test_a_tokenizer_without_an_end_of_text(tiny, tokenizer):
+    endless = byte_tokenizer(eos=False)
+    expected = HFLM(pretrained=tiny, tokenizer=tokenizer).generate_until(requests(MIXED), disable_tqdm=True)
+    assert HFDialogue(pretrained=tiny, tokenizer=endless).generate_until(requests(MIXED), disable_tqdm=True) == expected
+
+
+def test_what_falls_back_runs_in_batches_and_halves_them_where_memory_is_short(tiny, tokenizer, monkeypatch):
+    sizes = []
+
+    def generate(self, requests, disable_tqdm=False, generate=HFLM.generate_until):
+        sizes.append(self.batch_size)
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return generate(self, requests, disable_tqdm)
+
+    monkeypatch.setattr(HFLM, "generate_until", generate)
+    mine = HFDialogue(pretrained=tiny, tokenizer=tokenizer)
+    assert None not in mine.generate_until(requests(MIXED, num_beams=2), disable_tqdm=True)
+    assert sizes == [FALLBACK_BATCH, FALLBACK_BATCH // 2] and mine.batch_size == 1
 
 
 def test_requests_of_both_kinds_come_back_in_order(tiny, tokenizer):

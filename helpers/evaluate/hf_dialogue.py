@@ -190,9 +190,9 @@ class HFDialogue(HFLM):
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
         prepared = []
         for n, (_, context, continuation) in enumerate(requests):
-            tokens = context + continuation
-            self.counts["truncated"] += len(tokens) > self.max_length + 1
-            prepared.append(Scored(n, tokens[-(self.max_length + 1) :][:-1], continuation))
+            tokens = (context + continuation)[-(self.max_length + 1) :]
+            prepared.append(Scored(n, tokens[:-1], continuation))
+        self._tell_cut(sum(len(c) + len(t) > self.max_length + 1 for _, c, t in requests), len(requests))
         reasons = self._scored_reasons(prepared)
         mine = [request for request, reason in zip(prepared, reasons, strict=True) if reason is None]
         with self._bar("loglikelihood", len(mine), disable_tqdm) as bar:
@@ -224,6 +224,12 @@ class HFDialogue(HFLM):
             self.batch_size_per_gpu = before
 
     # ---- what is handed to HFLM
+
+    def _tell_cut(self, cut: int, count: int) -> None:
+        self.counts["truncated"] += cut
+        if cut:
+            text = "%d of %d prompts are longer than the %d tokens that the model reads: their beginning is cut off"
+            logger.warning(text, cut, count, self.max_length)
 
     def _tell(self, reasons: list[str | None]) -> list[int]:
         """The requests that HFLM must answer; says how many, and why."""
@@ -311,7 +317,7 @@ class HFDialogue(HFLM):
         with self.timed("tokenization", wait=False):
             eos = self.eot_token_id
             eos = None if eos is None else self.tok_decode(eos, skip_special_tokens=False)
-            prepared, bos = [], getattr(self.tokenizer, "bos_token", None)
+            prepared, cut, bos = [], 0, getattr(self.tokenizer, "bos_token", None)
             texts = [request.args[0] for request in requests]
             for n, tokens in enumerate(self._tokens(texts, bos, truncation=bool(self.truncation))):
                 context, gen_kwargs = requests[n].args
@@ -321,9 +327,10 @@ class HFDialogue(HFLM):
                 if room <= 0 and self.backend == "causal":
                     wanted = f"max_gen_toks is {kwargs['max_gen_toks']}"
                     raise StudyError(f"{wanted}, and the model reads no more than {self.max_length} tokens: lower it")
-                self.counts["truncated"] += len(tokens) > room
+                cut += len(tokens) > room
                 line = self.answer_line and self.endings.line_is_safe(until)
                 prepared.append(Request(n, context, gen_kwargs, tokens[-room:], kwargs["max_gen_toks"], until, line))
+            self._tell_cut(cut, len(requests))
             return prepared
 
 

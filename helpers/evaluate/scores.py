@@ -1,7 +1,9 @@
 """Log-likelihoods of given continuations, as lm-eval's HFLM has them (`_loglikelihood_tokens`), over shared prefixes.
 
 A request is a path through its group; its continuation's tokens are read off the logits at the path's last columns.
-Nothing is generated, so groups need no slots: a pass is over when its logits are read."""
+Nothing is generated, so groups need no slots: a pass is over when its logits are read. One difference: where two
+requests split the same text into context and continuation at different places, HFLM with its `logits_cache` (the
+default) reads the shorter continuation off the longer one's first columns; here each has its own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

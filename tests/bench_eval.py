@@ -145,7 +145,7 @@ def parting(lm: HFDialogue, context: str, tokens: list[int], theirs: str) -> dic
     # Stock's text may go on with other tokens that spell the same: the last shared token is where they could have
     # parted first.
     gaps = []
-    ids = lm._tokens([context])[0]
+    ids = lm._tokens([context], None)[0]
     for at in {max(0, same - 1), min(same, len(tokens) - 1)}:
         logits = lm.model(torch.tensor([ids + tokens[:at]], device=lm.device), logits_to_keep=1).logits[0, -1].float()
         top = logits.topk(2)

@@ -9,94 +9,48 @@ import pytest
 import torch
 from bench_eval import parting
 from bitsandbytes.functional import has_avx512bf16
+from engine import MIXED, SHOTS, both, byte_tokenizer, conversation, requests, small
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.coqa import utils as upstream
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import ROOT
 from helpers.evaluate import limits, slots, static_slots
-from helpers.evaluate.hf_dialogue import HFDialogue
+from helpers.evaluate.answers import end_tokens
+from helpers.evaluate.hf_dialogue import FALLBACK_BATCH, HFDialogue
 from helpers.evaluate.limits import CPU_ROWS
-from helpers.evaluate.requests import Request, group_by_prefix, guess
+from helpers.evaluate.prefixes import ends, group_by_prefix
+from helpers.evaluate.requests import Request, guess
 from helpers.setup import coqa
 from helpers.setup.layers import widest_layer
 
 TASKS = str(ROOT / "helpers" / "tasks")
 BFLOAT16_TIE = 0.1  # logits; their spread over the vocabulary is some 20
-SIZES = {
-    "hidden_size": 96,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-}
-FAMILIES = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {},
-    "mistral": {"sliding_window": None},
-}
-
-
-def small(kind: str, tokenizer, **options):
-    """An untrained model of an architecture: its greedy answers are gibberish, and as sensitive to a wrong mask as
-    any."""
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-        "initializer_range": 0.3,
-    }
-    config = AutoConfig.for_model(kind, **(sizes | SIZES | FAMILIES.get(kind, {}) | options))
-    return AutoModelForCausalLM.from_config(config).eval()
+FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": None}}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(load):
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def words(load):
+    """A tokenizer whose tokens are pieces of words."""
     return load("fp16").tokenizer
 
 
 @pytest.fixture(scope="module")
 def tiny(tokenizer):
-    return small("llama", tokenizer)
-
-
-def requests(contexts: list[str], **kwargs) -> list[Instance]:
-    arguments = {"until": ["\nQ:"], "max_gen_toks": 12, "do_sample": False} | kwargs
-    return [Instance("generate_until", {}, (context, dict(arguments)), n) for n, context in enumerate(contexts)]
-
-
-def both(model, tokenizer, contexts: list[str], stock_batch: int = 1, options: dict | None = None, **kwargs):
-    """Answers of stock lm-eval and of hf-dialogue, and hf-dialogue itself."""
-    options = options or {}
-    common = {k: options[k] for k in ("max_length", "truncation") if k in options}
-    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=stock_batch, **common)
-    mine = HFDialogue(pretrained=model, tokenizer=tokenizer, **options)
-    expected = stock.generate_until(requests(contexts, **kwargs), disable_tqdm=True)
-    return expected, mine.generate_until(requests(contexts, **kwargs), disable_tqdm=True), mine
+    """A model that never ends a text of itself."""
+    model = small("llama", tokenizer)
+    model.lm_head.weight.data[tokenizer.eos_token_id] = 0
+    return model
 
 
 def first_line(text: str) -> str:
     return text.strip().split("\n")[0].strip()
-
-
-def conversation(turns: int, topic: str = "The cat sat on the mat and watched the rain. ") -> list[str]:
-    """Prompts of a made-up dialogue, each the beginning of the next."""
-    prompts, history = [], topic * 3 + "\n\n"
-    for turn in range(turns):
-        history += f"Q: What about {turn}?\n\nA:"
-        prompts.append(history)
-        history += f" the {turn}th thing\n\n"
-    return prompts
-
-
-MIXED = conversation(5) + conversation(3, "Snow fell all night. ") + ["Nothing shared here.\n\nQ: Why?\n\nA:", "x"]
 
 
 # ---- the same answers as stock
@@ -105,7 +59,7 @@ MIXED = conversation(5) + conversation(3, "Snow fell all night. ") + ["Nothing s
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_same_text_in_every_architecture(kind, static, tokenizer):
-    model = small(kind, tokenizer)
+    model = small(kind, tokenizer, **FAMILIES[kind])
     options = {"static": static, "max_slots": 2}  # fewer slots than groups: they are used again
     expected, found, mine = both(model, tokenizer, MIXED, options=options)
     assert found == expected
@@ -148,7 +102,7 @@ def test_batched_stock_agrees_too(tiny, tokenizer):
 def test_same_predictions_and_scores_on_dialogues(configuration, load, tmp_path):
     """Stock `coqa` over the same dialogues, against the last turns of coqa_turns."""
     model, tokenizer, _ = load(configuration)
-    dialogues = [shorten(d, turns=2, words=25) for d in coqa.read("embedded", 12)]
+    dialogues = [shorten(d, turns=2, words=25) for d in coqa.read("embedded", 12 if configuration == "fp16" else 5)]
     path = tmp_path / "dialogues.jsonl"
     path.write_text("\n".join(json.dumps(d) for d in dialogues))
     manager = TaskManager(include_path=TASKS, metadata={"source": str(path)})
@@ -214,13 +168,12 @@ def test_int8_answers_as_stock_does(load):
 # ---- grouping
 
 
-def test_boundary_that_is_no_token_boundary_runs_alone(tiny, tokenizer):
+def test_a_boundary_of_text_that_is_none_of_tokens(words):
     short, long = "The answer is un", "The answer is understandable, or so they say. Q:"
-    tokens = [tokenizer.encode(text) for text in (short, long)]
+    tokens = [words.encode(text) for text in (short, long)]
     assert tokens[1][: len(tokens[0])] != tokens[0], "these texts' tokens line up; choose others"
-    expected, found, mine = both(tiny, tokenizer, [short, long])
-    assert found == expected
-    assert mine.counts["misaligned"] == 1 and mine.counts["groups"] == 2 and mine.counts["alone"] == 2
+    expected, found, mine = both(small("llama", words), words, [short, long])
+    assert found == expected and mine.counts["alone"] == 2
 
 
 def test_unicode_cut_at_a_boundary(tiny, tokenizer):
@@ -233,15 +186,30 @@ def request(n: int, text: str, tokens: list[int]) -> Request:
     return Request(n, text, {}, tokens, 4, [], False)
 
 
-def test_groups_are_true_prefixes_and_hold_every_request():
-    prompts = ["a", "ab", "abc", "abd", "b", "a"]
-    groups, misaligned = group_by_prefix([request(n, p, [ord(c) for c in p]) for n, p in enumerate(prompts)])
-    assert sorted(r.index for g in groups for r in g.requests) == list(range(len(prompts)))
-    for group in groups:
-        longest = group.requests[0]
-        assert all(longest.tokens[: len(r.tokens)] == r.tokens for r in group.requests)
-        assert [len(r.tokens) for r in group.requests] == sorted((len(r.tokens) for r in group.requests), reverse=True)
-    assert [g.length for g in groups] == [3, 3, 1] and misaligned == 0
+def test_groups_hold_every_request_and_a_path_spells_it():
+    prompts = ["a", "ab", "abc", "abd", "b", "a", "header one", "header two", "header one", "heat", "c" * 9, "c" * 7]
+    given = [request(n, p, [ord(c) for c in p]) for n, p in enumerate(prompts)]
+    for least, most, rows in ((1, None, 64), (1, 12, 64), (4, 100, 64), (64, None, 64), (1, None, 2)):
+        groups = group_by_prefix(given, rows, least, most)
+        assert sorted(r.index for g in groups for r in g.requests) == list(range(len(prompts)))
+        assert [g.columns for g in groups] == sorted((g.columns for g in groups), reverse=True)
+        for group in groups:
+            assert len(group.requests) <= rows and group.keys >= group.columns
+            for one, path in zip(group.requests, group.paths, strict=True):
+                columns = [column for start, stop in path for column in range(start, stop)]
+                assert [group.tokens[c] for c in columns] == one.tokens
+                assert [group.positions[c] for c in columns] == list(range(len(columns)))
+                assert ends(path, 2) == columns[-2:]
+            for path, start, stop in group.branches:
+                assert all(b <= start for _, b in path) and start < stop
+    assert [g.columns for g in group_by_prefix(given, 64, 4)] == [13, 9, 4, 3, 3, 1]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_questions_under_one_header_share_it(static, tiny, tokenizer):
+    expected, found, mine = both(tiny, tokenizer, SHOTS, options={"static": static, "max_slots": 2})
+    assert found == expected and len(set(expected)) > 3
+    assert mine.counts["groups"] < 3 and 2 * mine.counts["prefill_tokens"] < mine.counts["context_tokens"]
 
 
 def test_same_context_twice_and_more_turns_than_rows(tiny, tokenizer):
@@ -253,12 +221,14 @@ def test_same_context_twice_and_more_turns_than_rows(tiny, tokenizer):
 # ---- where an answer ends
 
 
-def test_a_context_beyond_the_window_is_cut_as_stock_cuts_it(tiny, tokenizer):
-    expected, found, mine = both(tiny, tokenizer, conversation(6), options={"max_length": 80}, max_gen_toks=12)
-    assert found == expected
+def test_a_context_beyond_the_window_is_cut_as_stock_cuts_it_and_told(tiny, tokenizer, caplog):
+    expected, found, mine = both(tiny, tokenizer, conversation(6), options={"max_length": 212}, max_gen_toks=12)
+    assert found == expected and f"{mine.counts['truncated']} of 6 prompts are longer than the 212" in caplog.text
+    mine.generate_until(requests(conversation(6), max_gen_toks=12, num_beams=2), disable_tqdm=True)
+    mine.counts["truncated"] /= 2  # HFLM's are counted too
     lengths = [len(tokenizer.encode(text)) for text in conversation(6)]
-    assert mine.counts["truncated"] == sum(n > 68 for n in lengths) > 0
-    assert any(n <= 68 for n in lengths)
+    assert mine.counts["truncated"] == sum(n > 200 for n in lengths) > 0
+    assert any(n <= 200 for n in lengths)
 
 
 def test_an_answer_that_never_ends_stops_at_max_gen_toks(tiny, tokenizer):
@@ -283,7 +253,7 @@ def test_buffers_that_are_too_short_grow_and_the_answers_stay(static, tiny, toke
 
     monkeypatch.setattr(owner, name, watched)
     expected, found, _ = both(tiny, tokenizer, MIXED, max_gen_toks=60, options={"static": static})
-    assert found == expected and len(widths) > 2
+    assert found == expected and len(widths) > 1
 
 
 def test_slots_that_nothing_will_use_again_are_given_up(tiny, tokenizer, monkeypatch):
@@ -297,9 +267,9 @@ def test_slots_that_nothing_will_use_again_are_given_up(tiny, tokenizer, monkeyp
     monkeypatch.setattr(static_slots.StaticSlots, "repack", watched)
 
     def asked() -> list[Instance]:
-        found = requests([f"{MIXED[n % 8]} {n}" for n in range(12)], until=["never this"])
+        found = requests([f"{n}: {MIXED[n % 8]}" for n in range(12)], until=["never this"])
         for n, one in enumerate(found):
-            one.arguments[1]["max_gen_toks"] = 200 if n < 2 else 4
+            one.arguments[1]["max_gen_toks"] = 300 if n < 2 else 4
         return found
 
     stock = HFLM(pretrained=tiny, tokenizer=tokenizer, batch_size=1).generate_until(asked(), disable_tqdm=True)
@@ -332,7 +302,7 @@ def test_guesses_right_and_wrong_change_no_answer(static, tiny, tokenizer, monke
         rest = truth[request.context][len(request.made) :][: max(0, count)]
         return [token + (n == 3) for n, token in enumerate(rest)]
 
-    monkeypatch.setattr("helpers.evaluate.hf_dialogue.guess", foretold)
+    monkeypatch.setattr("helpers.evaluate.answers.guess", foretold)
     _, again, told = both(tiny, tokenizer, MIXED, options=options, **endless)
     assert again == expected and told.counts["guessed"] > told.counts["guessed_right"] > 20
     assert told.counts["decode_steps"] < mine.counts["decode_steps"]
@@ -343,20 +313,20 @@ class Script(HFDialogue):
 
     def say(self, text: str, **kwargs) -> str:
         made = iter(self.tokenizer.encode(text, add_special_tokens=False) + [self.eot_token_id] * 4)
-        (request,) = self._prepare(requests(["Q: x\n\nA:"], **kwargs), [0])
-        while not self.endings.reached(request, next(made), self._eos()):
+        (request,) = self._prepare(requests(["Q: x\n\nA:"], **kwargs))
+        while not self.endings.reached(request, next(made), end_tokens(self.model)):
             pass
         return self.endings.text(request)
 
 
 @pytest.fixture(scope="module")
-def script(tiny, tokenizer):
-    return Script(pretrained=tiny, tokenizer=tokenizer, answer_line=True)
+def script(words):
+    return Script(pretrained=small("llama", words), tokenizer=words, answer_line=True)
 
 
 @pytest.fixture(scope="module")
-def exact(tiny, tokenizer):
-    return Script(pretrained=tiny, tokenizer=tokenizer)
+def exact(script, words):
+    return Script(pretrained=script.model, tokenizer=words)
 
 
 SAYINGS = [
@@ -388,12 +358,11 @@ def test_a_stop_that_spans_lines_is_not_forestalled(script):
     assert script.say(" blue.\n\n red", until=[".\n\n"]) == " blue"
 
 
-@pytest.mark.parametrize("until", [["."], [" "], [" the"], ["e", "\n\n"], [], "\nQ:", ["\n"]])
-def test_other_stop_sequences(until, tiny, tokenizer, load):
+@pytest.mark.parametrize("until", [["."], [" "], [" the"], ["e", "\n\n"], [], "\nQ:", ["\n"], [""]])
+def test_other_stop_sequences(until, tiny, tokenizer, load, words):
     expected, found, _ = both(tiny, tokenizer, conversation(3), until=until)
     assert found == expected
-    model = load("fp16").model
-    expected, found, _ = both(model, tokenizer, conversation(2), until=until, max_gen_toks=8)
+    expected, found, _ = both(load("fp16").model, words, conversation(2)[1:], until=until, max_gen_toks=8)
     assert found == expected
 
 
@@ -410,26 +379,19 @@ def test_other_stop_sequences(until, tiny, tokenizer, load):
 )
 def test_other_ways_to_generate_are_handed_to_stock_with_the_reason(kwargs, reason, tiny, tokenizer):
     torch.manual_seed(1)
-    stock = HFLM(pretrained=tiny, tokenizer=tokenizer).generate_until(requests(MIXED[:2], **kwargs), disable_tqdm=True)
+    stock = HFLM(pretrained=tiny, tokenizer=tokenizer, batch_size=FALLBACK_BATCH)
+    stock = stock.generate_until(requests(MIXED[:2], **kwargs), disable_tqdm=True)
     mine = HFDialogue(pretrained=tiny, tokenizer=tokenizer)
     torch.manual_seed(1)
     assert mine.generate_until(requests(MIXED[:2], **kwargs), disable_tqdm=True) == stock
     assert mine.fallbacks == {reason: 2} and mine.generated == [None, None]
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "reason"),
-    [
-        ("mistral", {"sliding_window": 16}, "sliding window"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding_attention"),
-        ("gpt2", {"n_embd": 48, "n_layer": 1, "n_head": 2, "n_positions": 512}, "architecture gpt2"),
-    ],
-)
-def test_unfamiliar_models_are_handed_to_stock_with_the_reason(kind, options, reason, tokenizer):
-    expected, found, mine = both(small(kind, tokenizer, **options), tokenizer, MIXED[:3], max_gen_toks=4)
-    assert found == expected
-    (only,) = mine.fallbacks
-    assert reason in only and mine.fallbacks[only] == 3
+def test_an_answer_of_no_tokens_is_refused_as_stock_refuses_it(tiny, tokenizer):
+    mine = HFDialogue(pretrained=tiny, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="max_length"):
+        mine.generate_until(requests(["x"], max_gen_toks=0), disable_tqdm=True)
+    assert mine.fallbacks == {"max_gen_toks of 0": 1}
 
 
 def test_a_generation_config_that_changes_greedy_text_is_respected(tokenizer):
@@ -437,6 +399,37 @@ def test_a_generation_config_that_changes_greedy_text_is_respected(tokenizer):
     model.generation_config.repetition_penalty = 1.5
     expected, found, mine = both(model, tokenizer, MIXED[:2])
     assert found == expected and "repetition_penalty" in next(iter(mine.fallbacks))
+
+
+def test_a_length_in_the_generation_config_is_cleared_and_told(tokenizer, caplog):
+    model = small("llama", tokenizer)
+    model.generation_config.max_new_tokens = 3
+    mine = HFDialogue(pretrained=model, tokenizer=tokenizer)
+    assert "max_new_tokens (3) is cleared" in caplog.text
+    expected, found, _ = both(model, tokenizer, MIXED[:2])
+    assert found == expected and mine.generate_until(requests(MIXED[:2]), disable_tqdm=True) == found
+    assert max(map(len, mine.generated)) > 3
+
+
+def test_a_tokenizer_without_an_end_of_text(tiny, tokenizer):
+    endless = byte_tokenizer(eos=False)
+    expected = HFLM(pretrained=tiny, tokenizer=tokenizer).generate_until(requests(MIXED), disable_tqdm=True)
+    assert HFDialogue(pretrained=tiny, tokenizer=endless).generate_until(requests(MIXED), disable_tqdm=True) == expected
+
+
+def test_what_falls_back_runs_in_batches_and_halves_them_where_memory_is_short(tiny, tokenizer, monkeypatch):
+    sizes = []
+
+    def generate(self, requests, disable_tqdm=False, generate=HFLM.generate_until):
+        sizes.append(self.batch_size)
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return generate(self, requests, disable_tqdm)
+
+    monkeypatch.setattr(HFLM, "generate_until", generate)
+    mine = HFDialogue(pretrained=tiny, tokenizer=tokenizer)
+    assert None not in mine.generate_until(requests(MIXED, num_beams=2), disable_tqdm=True)
+    assert sizes == [FALLBACK_BATCH, FALLBACK_BATCH // 2] and mine.batch_size == 1
 
 
 def test_requests_of_both_kinds_come_back_in_order(tiny, tokenizer):
@@ -481,8 +474,8 @@ def test_out_of_memory_halves_the_batch_and_keeps_finished_answers(tiny, tokeniz
     mine.cache_hook = Kept()
     fail_at(monkeypatch, 20, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"))
     assert mine.generate_until(requests(MIXED), disable_tqdm=True) == stock
-    groups, _ = group_by_prefix(mine._prepare(requests(MIXED), range(len(MIXED))))
-    columns = (2 * limits.columns(groups, CPU_ROWS) + limits.running(mine.model, groups[0].length)) // 2
+    groups = group_by_prefix(mine._prepare(requests(MIXED)), rows=8)
+    columns = (2 * limits.columns(groups, CPU_ROWS) + limits.running(mine.model, groups[0].columns)) // 2
     assert mine.counts["out_of_memory"] == 1 and vars(mine.limits) == {
         "slots": 1,
         "rows": 4,
@@ -519,23 +512,15 @@ def test_an_error_leaves_the_model_as_it_was_and_a_second_run_finishes(tiny, tok
 
 def test_rows_times_columns_stay_under_two_to_the_31(tokenizer):
     model = small("llama", tokenizer)
-    model.model.layers[0].mlp.up_proj = torch.nn.Linear(96, 2**28, bias=False, device="meta")
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 2**28, bias=False, device="meta")
     assert widest_layer(model) == 2**28
     mine = HFDialogue(pretrained=model, tokenizer=tokenizer)
-    groups, _ = group_by_prefix([request(0, "a", [1] * 100)])
+    groups = group_by_prefix([request(0, "a", [1] * 100)], rows=1)
     found = limits.find(mine, groups)
     assert max(found.rows, found.prefill_tokens) * 2**28 < 2**31
 
 
 # ---- other requests of HFLM, lm-eval's command line
-
-
-def test_loglikelihood_is_untouched(tiny, tokenizer):
-    pairs = [Instance("loglikelihood", {}, ("The cat", " sat"), n) for n in range(2)]
-    stock = HFLM(pretrained=tiny, tokenizer=tokenizer).loglikelihood(pairs, disable_tqdm=True)
-    mine = HFDialogue(pretrained=tiny, tokenizer=tokenizer)
-    mine.generate_until(requests(MIXED[:2]), disable_tqdm=True)
-    assert mine.loglikelihood(pairs, disable_tqdm=True) == stock
 
 
 def test_lm_evals_command_line(tiny, tokenizer, tmp_path):

@@ -1,9 +1,11 @@
-"""`hf-dialogue`: lm-eval's Hugging Face model, but contexts that continue one another are prefilled once.
+"""`hf-dialogue`: lm-eval's Hugging Face model, but tokens that several requests begin with are run once.
 
-In a conversation turn t's prompt is the beginning of turn t+1's. Stock lm-eval runs each from its start, in batches
-that go on until the last row stops. Here the longest prompt is run once; every turn becomes a row that sees it up to
-its own length (helpers.evaluate.slots); rows that are done leave, and other dialogues' rows take their place. Requests
-that share nothing run too, each as a group of one.
+In a conversation turn t's prompt is the beginning of turn t+1's; few-shot questions share their header, chats their
+system prompt, choices their question. Stock lm-eval runs each from its start, in batches that go on until the last row
+stops. Here requests that begin alike are a tree (helpers.evaluate.prefixes) that is run once. Log-likelihoods are read
+off it (helpers.evaluate.scores). For answers, every request becomes a row that sees its own path
+(helpers.evaluate.slots); rows that are done leave, and other groups' rows take their place (helpers.evaluate.answers).
+Requests that share nothing run too, each as a group of one.
 
     from helpers.evaluate.hf_dialogue import HFDialogue
     model = HFDialogue(pretrained=model, tokenizer=tokenizer, answer_line=True)
@@ -17,8 +19,8 @@ the same arguments gets the first one's answers),
         --tasks coqa_turns --include_path helpers/tasks
 
 Greedy generation only. Truncation, stop sequences and what is cut off the text are lm-eval's
-(lm_eval/models/huggingface.py, `generate_until`); anything else (sampling, beams, an unfamiliar attention) is handed
-to it, and the reason is counted and said once.
+(lm_eval/models/huggingface.py); anything else (sampling, beams, an unfamiliar attention) is handed to it, and the
+reason is counted and said once.
 """
 
 import logging
@@ -28,38 +30,32 @@ from collections import Counter
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from tqdm import tqdm
 
 from helpers import StudyError
-from helpers.evaluate import limits as limits_of
-from helpers.evaluate.limits import (
-    CHEAP_TOKENS,
-    CPU_CONTEXTS,
-    CPU_GUESSED_TOKENS,
-    CUDA_GUESSED_TOKENS,
-    GUESSES,
-    MAX_TURNS,
-    Limits,
-)
-from helpers.evaluate.requests import Endings, Group, Request, group_by_prefix, guess
-from helpers.evaluate.slots import PackedSlots, Row, Slots, unsupported
-from helpers.evaluate.static_slots import OutOfColumns, StaticSlots
+from helpers.evaluate.answers import answer
+from helpers.evaluate.architectures import longest, unsupported
+from helpers.evaluate.limits import CPU_CONTEXTS, Limits, halving
+from helpers.evaluate.prefixes import Group
+from helpers.evaluate.requests import Endings, Request
+from helpers.evaluate.scores import Scored, score
 
 GREEDY = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 # Keys of a model's generation_config that don't change what greedy generation yields.
 HARMLESS = {"bos_token_id", "pad_token_id", "eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length"}
 HARMLESS |= {"use_cache", "output_attentions", "output_hidden_states", "transformers_version", "cache_implementation"}
 HARMLESS |= {"_from_model_config"}
+FALLBACK_BATCH = 8  # HFLM's for answers, unless it was given more; its default of 1 leaves a machine idle
+ENCODED = 1024  # texts that the tokenizer is given at a time: what it returns takes ten times the tokens' memory
 logger = logging.getLogger(__name__)
 
 
 @register_model("hf-dialogue")
 class HFDialogue(HFLM):
-    """HFLM whose greedy `generate_until` shares prefixes.
+    """HFLM whose greedy `generate_until`, `loglikelihood` and `loglikelihood_rolling` share prefixes.
 
     answer_line: a row stops when its first line with text ends; CoQA's metric reads no further, other tasks may, so it
     is off unless asked for. static: decode over fixed buffers (default: on CUDA). cuda_graph: as CUDA graphs.
@@ -96,6 +92,8 @@ class HFDialogue(HFLM):
         self.contexts = int(contexts or (self.batch_size if isinstance(self.batch_size, int) else CPU_CONTEXTS))
         self.wanted = {"slots": max_slots, "rows": max_rows, "prefill_tokens": prefill_tokens}
         self.endings = Endings(self.tokenizer, self.think_end_token)
+        self.encoded: dict[str, list[int]] = {}
+        self.given_batch = self.batch_size
         self.reset_report()
 
     # ---- report
@@ -109,10 +107,10 @@ class HFDialogue(HFLM):
 
     def report(self) -> dict:
         """seconds: by phase (s; what the host does for the next step while a GPU is at a prefill counts as prefill);
-        counts: requests, groups, alone, misaligned, truncated, prefill_tokens, context_tokens (what stock prefills),
-        decode_steps, decode_tokens, guessed, guessed_right, peak_rows, graphs, out_of_memory; fallbacks: reason ->
-        requests, or -> 1 for a step that could not be captured; limits: slots, rows, prefill_tokens, columns of the
-        last round."""
+        counts: requests, groups, alone, truncated (HFLM's included), prefill_tokens, context_tokens (what stock
+        prefills), decode_steps, decode_tokens, guessed, guessed_right, peak_rows, graphs, out_of_memory; fallbacks:
+        reason -> requests, or -> 1 for a step that could not be captured; limits: slots, rows, prefill_tokens, columns
+        of the last round."""
         limits = vars(self.limits) if self.limits else None
         return {
             "seconds": dict(self.seconds),
@@ -122,14 +120,24 @@ class HFDialogue(HFLM):
         }
 
     @contextmanager
-    def _timed(self, phase: str):
+    def timed(self, phase: str, wait: bool = True):
+        """Seconds of a phase; a GPU's work is waited for, unless there is none."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            if self.device.type == "cuda":
+            if wait and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.seconds[phase] += time.perf_counter() - start
+
+    def count(self, groups: list[Group]) -> None:
+        self.counts["groups"] += len(groups)
+        self.counts["alone"] += sum(len(g.requests) == 1 for g in groups)
+        self.counts["requests"] += sum(len(g.requests) for g in groups)
+        self.counts["context_tokens"] += sum(len(r.tokens) for g in groups for r in g.requests)
+
+    def packed(self) -> bool:
+        return not (self.device.type == "cuda" if self.static is None else self.static)
 
     # ---- lm-eval's interface
 
@@ -138,238 +146,192 @@ class HFDialogue(HFLM):
         finished answers in lm-eval's cache (`use_cache`) and nothing behind in the model."""
         self.generated = [None] * len(requests)
         answers: list[str | None] = [None] * len(requests)
-        with self._timed("total"):
-            reasons = self._reasons(requests)
-            mine = [n for n, reason in enumerate(reasons) if reason is None]
-            stock = [n for n, reason in enumerate(reasons) if reason is not None]
-            with tqdm(
-                total=len(mine), disable=disable_tqdm or self.rank != 0, desc="Running generate_until requests"
-            ) as bar:
-                self._answer(self._prepare(requests, mine), answers, bar)
+        with self.timed("total"):
+            prepared = self._prepare(requests)
+            reasons = self._reasons(prepared)
+            mine = [request for request, reason in zip(prepared, reasons, strict=True) if reason is None]
+            with self._bar("generate_until", len(mine), disable_tqdm) as bar:
+
+                def done(request: Request) -> None:
+                    answers[request.index] = text = self.endings.text(request)
+                    self.generated[request.index] = request.made
+                    self.cache_hook.add_partial("generate_until", (request.context, request.kwargs), text)
+                    bar.update(1)
+
+                answer(self, mine, done)
+            stock = self._tell(reasons)
+
+            def attempt(size: int) -> None:
+                left = [n for n in stock if answers[n] is None]
+                with self._batches_of(size):
+                    found = HFLM.generate_until(self, [requests[n] for n in left], disable_tqdm=disable_tqdm)
+                for n, text in zip(left, found, strict=True):
+                    answers[n] = text
+
             if stock:
-                self.fallbacks.update(reasons[n] for n in stock)
-                for reason, count in Counter(reasons[n] for n in stock).items():
-                    logger.warning("%d of %d requests go to lm-eval's own model: %s", count, len(requests), reason)
-                with self._timed("stock"):
-                    found = super().generate_until([requests[n] for n in stock], disable_tqdm=disable_tqdm)
-                for n, answer in zip(stock, found, strict=True):
-                    answers[n] = answer
+                with self.timed("stock"):
+                    size = self.batch_size
+                    halving(self, max(size, FALLBACK_BATCH), attempt) if isinstance(size, int) else attempt(size)
         return answers
 
-    def _reasons(self, requests) -> list[str | None]:
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As HFLM's: (log-likelihood, whether greedy decoding would say it) of each (context, continuation)."""
+        texts = [(context.rstrip(), context + continuation) for context, continuation in (r.args for r in requests)]
+        with self.timed("total"), self._encoded_ahead([text for pair in texts if pair[0] for text in pair]):
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """As HFLM's, with all windows of all texts at once."""
+        with self.timed("total"), self._encoded_ahead([r.args[0] for r in requests]), self._batches_of(2**31):
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs=None):
+        self.encoded = {}
+        answers: list[tuple[float, bool] | None] = [None] * len(requests)
+        prepared = []
+        for n, (_, context, continuation) in enumerate(requests):
+            tokens = (context + continuation)[-(self.max_length + 1) :]
+            prepared.append(Scored(n, tokens[:-1], continuation))
+        self._tell_cut(sum(len(c) + len(t) > self.max_length + 1 for _, c, t in requests), len(requests))
+        reasons = self._scored_reasons(prepared)
+        mine = [request for request, reason in zip(prepared, reasons, strict=True) if reason is None]
+        with self._bar("loglikelihood", len(mine), disable_tqdm) as bar:
+
+            def done(request: Scored) -> None:
+                answers[request.index] = request.answer
+                if (texts := requests[request.index][0]) is not None:  # None: a window of a rolling request
+                    self.cache_hook.add_partial("loglikelihood", texts, request.answer)
+                bar.update(1)
+
+            score(self, mine, done)
+        if stock := self._tell(reasons):
+            with self.timed("stock"), self._batches_of(self.given_batch):
+                found = super()._loglikelihood_tokens([requests[n] for n in stock], disable_tqdm=disable_tqdm)
+            for n, pair in zip(stock, found, strict=True):
+                answers[n] = pair
+        return answers
+
+    def _bar(self, kind: str, total: int, disabled: bool) -> tqdm:
+        return tqdm(total=total, disable=disabled or self.rank != 0, desc=f"Running {kind} requests")
+
+    @contextmanager
+    def _batches_of(self, size):
+        """HFLM's batch size."""
+        before, self.batch_size_per_gpu = self.batch_size_per_gpu, size
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = before
+
+    # ---- what is handed to HFLM
+
+    def _tell_cut(self, cut: int, count: int) -> None:
+        self.counts["truncated"] += cut
+        if cut:
+            text = "%d of %d prompts are longer than the %d tokens that the model reads: their beginning is cut off"
+            logger.warning(text, cut, count, self.max_length)
+
+    def _tell(self, reasons: list[str | None]) -> list[int]:
+        """The requests that HFLM must answer; says how many, and why."""
+        found = Counter(reason for reason in reasons if reason is not None)
+        self.fallbacks.update(found)
+        for reason, count in found.items():
+            logger.warning("%d of %d requests go to lm-eval's own model: %s", count, len(reasons), reason)
+        return [n for n, reason in enumerate(reasons) if reason is not None]
+
+    def _reason(self) -> str | None:
+        """Why HFLM must run this model, or None."""
+        if self.backend != "causal":
+            return f"backend {self.backend}"
+        return "mixed_precision_dtype" if self.mixed_precision_dtype is not None else unsupported(self.model)
+
+    def _scored_reasons(self, requests: list[Scored]) -> list[str | None]:
+        reason, limit = self._reason(), longest(self.model)
+
+        def why(request: Scored) -> str | None:
+            # Nothing to score, or more than the model reads: HFLM refuses it in its own words.
+            if not request.tokens or not 0 < len(request.targets) <= min(self.max_length, len(request.tokens)):
+                return "an empty context or continuation, or one longer than the model reads"
+            return limit[1] if limit and len(request.tokens) > limit[0] else None
+
+        return [reason or why(request) for request in requests]
+
+    def _reasons(self, requests: list[Request]) -> list[str | None]:
         """For each request, why HFLM must answer it, or None."""
-        reason = unsupported(self.model) if self.backend == "causal" else f"backend {self.backend}"
-        if reason is None and self.mixed_precision_dtype is not None:
-            reason = "mixed_precision_dtype"
-        if reason is None:
-            given = (
-                self.model.generation_config.to_diff_dict() if getattr(self.model, "generation_config", None) else {}
-            )
-            odd = sorted(set(given) - HARMLESS)
-            reason = f"the model's generation_config sets {', '.join(odd)}" if odd else None
-        if reason is not None:
-            return [reason] * len(requests)
-        reasons = []
-        for request in requests:
-            kwargs = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+        settings = getattr(self.model, "generation_config", None)
+        odd = sorted(set(settings.to_diff_dict()) - HARMLESS) if settings else []
+        reason = self._reason() or (f"the model's generation_config sets {', '.join(odd)}" if odd else None)
+        limit = longest(self.model) if reason is None else None
+
+        def why(request: Request) -> str | None:
+            kwargs = normalize_gen_kwargs(request.kwargs, self.max_gen_toks)
             odd = sorted(key for key in set(kwargs) - GREEDY if (key, kwargs[key]) != ("num_beams", 1))
             if kwargs["do_sample"] or kwargs.get("temperature", 0.0):
-                reasons.append("sampling")
-            elif odd:
-                reasons.append(f"generation argument {', '.join(odd)}")
-            elif not request.args[0]:
-                reasons.append("empty context")
-            else:
-                reasons.append(None)
-        return reasons
+                return "sampling"
+            if odd:
+                return f"generation argument {', '.join(odd)}"
+            if request.max_gen_toks < 1:
+                return "max_gen_toks of 0"
+            if not request.tokens:
+                return "empty context"
+            return limit[1] if limit and len(request.tokens) + request.max_gen_toks > limit[0] else None
+
+        return [reason or why(request) for request in requests]
 
     # ---- requests
 
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        """As HFLM.tok_batch_encode, without padding."""
+    def _tokens(self, texts: list[str], bos: str | None, truncation: bool = False) -> list[list[int]]:
+        """As HFLM tokenizes: a text that begins with `bos` gets no further special tokens."""
         special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-        bos = getattr(self.tokenizer, "bos_token", None)
         starts = [has_bos_prefix(text, bos) for text in texts]
         tokens: list[list[int]] = [[]] * len(texts)
         for flag, options in ((False, special), (True, {"add_special_tokens": False})):
             mine = [n for n, start in enumerate(starts) if start == flag]
-            if mine:
+            for first in range(0, len(mine), ENCODED):
+                some = mine[first : first + ENCODED]
                 encoded = self.tokenizer(
-                    [texts[n] for n in mine], truncation=bool(self.truncation), return_attention_mask=False, **options
+                    [texts[n] for n in some], truncation=truncation, return_attention_mask=False, **options
                 )
-                for n, ids in zip(mine, encoded["input_ids"], strict=True):
+                for n, ids in zip(some, encoded["input_ids"], strict=True):
                     tokens[n] = ids
         return tokens
 
-    def _prepare(self, requests, mine: list[int]) -> list[Request]:
-        with self._timed("tokenization"):
-            eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-            prepared = []
-            for n, tokens in zip(mine, self._tokens([requests[n].args[0] for n in mine]), strict=True):
+    @contextmanager
+    def _encoded_ahead(self, texts: list[str]):
+        """Lets `tok_encode` look texts up that were tokenized together, each once."""
+        with self.timed("tokenization", wait=False):
+            texts = list(dict.fromkeys(texts))
+            bos = self.tokenizer.decode(self.prefix_token_id)
+            self.encoded = dict(zip(texts, self._tokens(texts, bos), strict=True))
+        try:
+            yield
+        finally:
+            self.encoded = {}
+
+    def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **kwargs) -> list[int]:
+        if add_special_tokens is None and left_truncate_len is None and string in self.encoded:
+            return self.encoded[string]
+        return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+
+    def _prepare(self, requests) -> list[Request]:
+        with self.timed("tokenization", wait=False):
+            eos = self.eot_token_id
+            eos = None if eos is None else self.tok_decode(eos, skip_special_tokens=False)
+            prepared, cut, bos = [], 0, getattr(self.tokenizer, "bos_token", None)
+            texts = [request.args[0] for request in requests]
+            for n, tokens in enumerate(self._tokens(texts, bos, truncation=bool(self.truncation))):
                 context, gen_kwargs = requests[n].args
                 kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
                 until = handle_stop_sequences(kwargs["until"], eos=eos)
                 room = self.max_length - kwargs["max_gen_toks"]
-                if room <= 0:
+                if room <= 0 and self.backend == "causal":
                     wanted = f"max_gen_toks is {kwargs['max_gen_toks']}"
                     raise StudyError(f"{wanted}, and the model reads no more than {self.max_length} tokens: lower it")
-                self.counts["truncated"] += len(tokens) > room
+                cut += len(tokens) > room
                 line = self.answer_line and self.endings.line_is_safe(until)
                 prepared.append(Request(n, context, gen_kwargs, tokens[-room:], kwargs["max_gen_toks"], until, line))
-            self.counts["requests"] += len(prepared)
-            self.counts["context_tokens"] += sum(len(r.tokens) for r in prepared)
+            self._tell_cut(cut, len(requests))
             return prepared
-
-    # ---- rounds
-
-    def _answer(self, requests: list[Request], answers: list, bar) -> None:
-        """Answer all requests; out of memory, begin a round anew with half the limits and what is not yet answered."""
-        limits = None
-        while left := [r for r in requests if not r.done]:
-            with self._timed("tokenization"):
-                groups, misaligned = group_by_prefix(left)
-            if limits is None:
-                self.counts["groups"] += len(groups)
-                self.counts["alone"] += sum(len(g.requests) == 1 for g in groups)
-                self.counts["misaligned"] += misaligned
-                limits = limits_of.find(self, groups)
-            self.limits = limits
-            try:
-                self._round(groups, limits, answers, bar)
-            except (RuntimeError, MemoryError) as error:
-                smaller = limits.halved()
-                if smaller is None or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
-                    raise
-                self.counts["out_of_memory"] += 1
-                limits = smaller
-            # Outside the handler: the exception's traceback would keep the round's buffers alive.
-            if limits is not self.limits and self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def _round(self, groups: list[Group], limits: Limits, answers: list, bar) -> None:
-        turns = min(limits.rows, max(len(g.requests) for g in groups), MAX_TURNS)
-        queue = [Group(g.requests[n : n + turns]) for g in groups for n in range(0, len(g.requests), turns)]
-        queue.sort(key=lambda g: g.length)  # the longest at the end: memory runs out at once or not at all
-        slots = self._slots(groups, min(limits.slots, len(queue)), turns)
-        eos = self._eos()
-        active: dict[int, list[tuple[Row, Request]]] = {}
-        for group in queue:
-            for request in group.requests:
-                request.made.clear()
-        try:
-            while queue or active:
-                self._refill(slots, queue, active, limits, eos, answers, bar)
-                if active:
-                    self._decode(slots, active, queue, eos, answers, bar)
-        finally:
-            self.counts["graphs"] += slots.captures
-            for reason in slots.fallbacks:
-                self.fallbacks[reason] = 1
-
-    def _slots(self, groups: list[Group], count: int, turns: int) -> Slots:
-        if self._packed():
-            return PackedSlots(self.model, count)
-        captured = self.cuda_graph and self.device.type == "cuda"
-        return StaticSlots(self.model, count, turns, limits_of.columns(groups, turns), captured=captured)
-
-    def _packed(self) -> bool:
-        return not (self.device.type == "cuda" if self.static is None else self.static)
-
-    def _eos(self) -> set[int]:
-        """What `generate` itself stops at."""
-        found = self.model.generation_config.eos_token_id if getattr(self.model, "generation_config", None) else None
-        return set(found) if isinstance(found, (list, tuple)) else {found} - {None}
-
-    def _refill(self, slots: Slots, queue, active, limits: Limits, eos, answers, bar) -> None:
-        """Prefill groups into free slots, a quarter of the slots at a time."""
-        free = [n for n in range(slots.first, slots.count) if n not in active]
-        rows, held = sum(len(pairs) for pairs in active.values()), sum(slots.used[n] for n in active)
-        if not queue or (active and (len(free) < -(-(slots.count - slots.first) // 4) or rows >= limits.rows)):
-            return
-        slots.forget(free)
-        while queue and free:
-            batch = []
-            while queue and free[len(batch) :]:
-                group = queue[-1]
-                # One context is run whatever its length: there is no other way.
-                tokens = sum(g.length for g in batch) + group.length
-                too_long = batch and tokens > limits.prefill_tokens
-                too_many = rows + len(group.requests) > limits.rows
-                if self._packed():
-                    too_many = too_many or held + group.length + limits_of.running(self.model, tokens) > limits.columns
-                if too_long or ((batch or active) and too_many):
-                    break
-                batch.append(queue.pop())
-                rows += len(group.requests)
-                held += group.length
-            if not batch:
-                return
-            contexts = [(g.requests[0].tokens, [len(r.tokens) for r in g.requests]) for g in batch]
-            with self._timed("prefill"):
-                found = slots.prefill(contexts, free[: len(batch)])
-            self.counts["prefill_tokens"] += sum(g.length for g in batch)
-            fresh, free = free[: len(batch)], free[len(batch) :]
-            for slot, group, new in zip(fresh, batch, found, strict=True):
-                active[slot] = list(zip(new, group.requests, strict=True))
-            self.counts["peak_rows"] = max(self.counts["peak_rows"], rows)
-            self._retire(active, fresh, [[row.token] for new in found for row in new], eos, answers, bar)
-
-    def _decode(self, slots: Slots, active, queue, eos, answers, bar) -> None:
-        pairs = [pair for slot in sorted(active) for pair in active[slot]]
-        rows = [row for row, _ in pairs]
-        with self._timed("decode"):
-            drafts = self._drafts([request for _, request in pairs])
-            try:
-                found = slots.step(rows, drafts)
-            except OutOfColumns:
-                # Slots that nothing will use again are given up.
-                keep = range(slots.first, slots.count) if queue else sorted(active)
-                places = slots.repack(list(keep), slots.columns + max(MAX_TURNS, slots.columns // 2), rows)
-                moved = {places[slot]: mine for slot, mine in active.items()}
-                active.clear()
-                active.update(moved)
-                found = slots.step(rows, drafts)
-        self.counts["decode_steps"] += 1
-        self.counts["decode_tokens"] += sum(map(len, found))
-        self._retire(active, sorted(active), found, eos, answers, bar)
-
-    def _drafts(self, requests: list[Request]) -> list[list[int]]:
-        """Guesses for every row, as many as the step takes; after a wrong one, a row starts again with a single
-        guess."""
-        share = min(
-            GUESSES, (CUDA_GUESSED_TOKENS if self.device.type == "cuda" else CPU_GUESSED_TOKENS) // len(requests) - 1
-        )
-        cheap = CHEAP_TOKENS // len(requests) - 1
-        shortest = 1 if cheap > 1 else 2
-        counts = [min(share, max(cheap, 1 + 2 * r.right), r.max_gen_toks - len(r.made) - 1) for r in requests]
-        drafts = [guess(request, count, shortest) for request, count in zip(requests, counts, strict=True)]
-        self.counts["guessed"] += sum(map(len, drafts))
-        return drafts
-
-    def _retire(self, active, slots: list[int], found: list[list[int]], eos, answers, bar) -> None:
-        """Give the rows of these slots their newest tokens; rows that are done leave, and slots without rows are
-        free."""
-        start = time.perf_counter()
-        tokens = iter(found)
-        for slot in slots:
-            kept = []
-            for row, request in active[slot]:
-                new = next(tokens)
-                request.right = len(new) - 1
-                self.counts["guessed_right"] += request.right
-                if not any(self.endings.reached(request, token, eos) for token in new):
-                    kept.append((row, request))
-                    continue
-                request.done = True
-                answers[request.index] = self.endings.text(request)
-                self.generated[request.index] = request.made
-                self.cache_hook.add_partial("generate_until", (request.context, request.kwargs), answers[request.index])
-                bar.update(1)
-            if kept:
-                active[slot] = kept
-            else:
-                del active[slot]
-        self.seconds["stopping"] += time.perf_counter() - start
 
 
 def main() -> None:

@@ -26,35 +26,6 @@ class Request:
     spelt: str = ""  # the tokens as `guess` searches them
 
 
-@dataclass
-class Group:
-    """Requests whose tokens are all the beginning of the first one's."""
-
-    requests: list[Request]
-
-    @property
-    def length(self) -> int:
-        return len(self.requests[0].tokens)
-
-
-def group_by_prefix(requests: list[Request]) -> tuple[list[Group], int]:
-    """Requests as groups, longest context first within each and overall; and how many contexts continue another's
-    text but not its tokens (a token that spans the boundary), which therefore run alone."""
-    groups: list[Group] = []
-    alone, misaligned, leader = [], 0, None
-    for request in sorted(requests, key=lambda r: (r.context, r.index), reverse=True):
-        if leader and leader.requests[0].context.startswith(request.context):
-            if leader.requests[0].tokens[: len(request.tokens)] == request.tokens:
-                leader.requests.append(request)
-            else:
-                misaligned += 1
-                alone.append(Group([request]))
-        else:
-            leader = Group([request])
-            groups.append(leader)
-    return sorted(groups + alone, key=lambda g: -g.length), misaligned
-
-
 def guess(request: Request, count: int, shortest: int = 2) -> list[int]:
     """Up to `count` tokens that may follow: what followed the answer's last three tokens (or fewer, down to
     `shortest`) where they stood before, in the answer or its context. An answer that goes round in circles, or
@@ -119,10 +90,9 @@ class Endings:
         piece = self._piece(token)
         loose = not piece or "\ufffd" in piece or self._moves(request.until)
         for stop in request.until:
-            if (
-                stop
-                and (loose or stop[-1] in piece)
-                and stop in self.tokenizer.decode(request.made[-self._window(stop) :])
+            # An empty one is in any text.
+            if not stop or (
+                (loose or stop[-1] in piece) and stop in self.tokenizer.decode(request.made[-self._window(stop) :])
             ):
                 return True
         return (

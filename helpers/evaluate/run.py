@@ -36,8 +36,8 @@ def model(study: Study, loaded: Loaded) -> HFDialogue:
 
 
 def evaluate(study: Study, loaded: Loaded, lm: HFDialogue | None = None) -> dict:
-    """Put every question to the model. Returns lm-eval's results with `samples`, `seconds` (without loading),
-    `engine`.
+    """Put every question to the model. Returns lm-eval's results with `samples`, `seconds` (without loading)
+    and `engine` (hf-dialogue's report on the dialogues, and under `tasks` on all further tasks).
 
     Raises StudyError if a further task's name is unknown to lm-eval.
     """
@@ -64,12 +64,14 @@ def evaluate(study: Study, loaded: Loaded, lm: HFDialogue | None = None) -> dict
                 raise StudyError(
                     f"evaluation.tasks: lm-eval has no task '{name}'; `python -m lm_eval ls tasks` lists them"
                 )
+        lm.reset_report()
         lm.answer_line = False  # their metrics may read beyond the first line
         more = simple_evaluate(
             tasks=study.evaluation.tasks, limit=study.evaluation.limit, **(common | {"metadata": None})
         )
         for part in ("results", "samples", "configs", "versions", "n-shot", "higher_is_better"):
             found[part] |= more[part]
+        engine["tasks"] = lm.report()
     return found | {"seconds": seconds, "engine": engine}
 
 

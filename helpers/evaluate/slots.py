@@ -1,18 +1,17 @@
 """Contexts whose keys and values many answers share: prefill once, decode many rows.
 
 Vocabulary. A *slot* holds one context's keys and values, and behind them those of the tokens generated over it, a
-*column* a token. A *row* is one answer being generated: it sees the first `length` columns of its slot's context and
-its own generated columns, and nothing of its neighbours'. A *group* is a context with the lengths at which rows
-begin: a dialogue's last prompt, with its turns' ends.
+*column* a token. A *row* is one answer being generated: it sees its request's path through the slot's group
+(helpers.evaluate.prefixes) and its own generated columns, and nothing of its neighbours'.
 
-    slots = PackedSlots(model, slots=8) rows = slots.prefill([(tokens, [210, 260, 305])], [slot])     # greedy first
-    tokens: rows[0].token ... slots.step(rows)                                               # each row's next token;
-    drop finished rows between steps
+    slots = PackedSlots(model, slots=8)
+    rows = slots.prefill(group_by_prefix(requests, rows=64), [slot])    # greedy first tokens: rows[0][0].token ...
+    slots.step(rows[0])                      # each row's next token; drop finished rows between steps
 
-The model's own forward runs, without its cache: an attention function (`shared_context`) keeps keys and values in the
-slots. Linear layers see packed rows, so that a row that has left costs nothing. Here the attention goes slot by slot
-over exactly its columns, as suits a CPU; helpers.static_slots works on fixed buffers, so that a CUDA graph can hold
-the step."""
+The model's own forward runs, without its cache: an attention function (helpers.evaluate.attention) keeps keys and
+values in the slots. Linear layers see packed rows, so that a row that has left costs nothing. Here the attention goes
+slot by slot over exactly its columns, as suits a CPU; helpers.evaluate.static_slots works on fixed buffers, so that a
+CUDA graph can hold the step."""
 
 import itertools
 from contextlib import nullcontext
@@ -21,14 +20,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface
 
+from helpers.evaluate.architectures import finish, sizes
+from helpers.evaluate.attention import ATTEND, ATTENTION, additive, dot_product, tree_attention
+from helpers.evaluate.prefixes import Group
 from helpers.setup.device import trim
 
-ATTENTION = "shared_context"
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 COLUMN_MULTIPLE = 16  # the memory-efficient attention kernel wants an aligned mask
 HEAD_ROWS = 256  # logits of so many rows at a time
 ROOM = 64  # columns that a packed slot has or gets for answers
@@ -56,43 +54,6 @@ class Place(NamedTuple):
     position: int
 
 
-def unsupported(model) -> str | None:
-    """Why this model's attention can't be replaced, or None. Checked: architecture, sliding windows, wrappers,
-    placement."""
-    config = model.config
-    kind = getattr(config, "model_type", None)
-    if kind not in SUPPORTED:
-        return f"architecture {kind}: not one of {', '.join(SUPPORTED)}"
-    if not type(model).__module__.startswith(f"transformers.models.{kind}."):
-        return f"model class {type(model).__module__}.{type(model).__name__}: not transformers' own"
-    if getattr(config, "sliding_window", None) is not None and kind == "mistral":
-        return f"sliding window of {config.sliding_window} tokens"
-    odd = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
-    if odd:
-        return f"layers of type {', '.join(odd)}"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        return f"rotary embedding of type {rope}: depends on the batch's longest context"
-    devices = {p.device for p in model.parameters()}
-    if len(devices) > 1:
-        return f"weights on {len(devices)} devices"
-    return None
-
-
-def bytes_per_column(model) -> int:
-    """Keys and values of one token in all layers, bytes."""
-    config = model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize
-
-
-def bytes_per_token(model) -> int:
-    """Activations of one token within a layer of a prefill, bytes: what the MLP and the attention hold at a time,
-    rounded up."""
-    config = model.config
-    return (4 * config.intermediate_size + 8 * config.hidden_size) * model.dtype.itemsize
-
-
 def room(turns: int) -> int:
     """Columns for the answers of so many rows to begin with; few answers are long, and a slot can grow."""
     return max(32, 16 * turns)
@@ -100,16 +61,6 @@ def room(turns: int) -> int:
 
 def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def shared_context(module, query, key, value, attention_mask, scaling=None, dropout=0.0, attend=None, **kwargs):
-    """transformers' attention interface: query [batch, heads, tokens, head_dim], key and value [batch, kv_heads,
-    tokens, head_dim] of the new tokens; returns [batch, tokens, heads, head_dim]. `attend` knows which slots they
-    belong to."""
-    return attend(module.layer_idx, query, key, value, scaling), None
-
-
-AttentionInterface.register(ATTENTION, shared_context)
 
 
 class WeightsAtTheLeft(TorchFunctionMode):
@@ -137,8 +88,7 @@ class Slots:
         config = model.config
         self.model, self.count = model, slots + self.first
         self.device, self.dtype = model.device, model.dtype
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.heads, self.kv_heads, self.head_dim = sizes(config)
         self.group = self.heads // self.kv_heads
         self.layers = config.num_hidden_layers
         self.used = [0] * self.count
@@ -149,22 +99,33 @@ class Slots:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
 
     def _forward(self, ids, positions, attend):
-        """Hidden states [batch, tokens, hidden] of the model's own forward with this file's attention."""
+        """Hidden states [tokens, width] of the model's own forward over tokens [tokens], with this folder's
+        attention."""
         config = self.model.config
         before = config._attn_implementation
         config._attn_implementation = ATTENTION
+
+        def meant(layer, query, key, value, kind):
+            # transformers' SDPA passes over a cap on scores; so do the answers that are compared.
+            return attend(layer, query, key, value, kind._replace(softcap=None) if before == "sdpa" else kind)
+
+        token = ATTEND.set(meant)
         try:
             with self._linear():
-                return self.model.model(
-                    input_ids=ids, position_ids=positions, use_cache=False, attend=attend
-                ).last_hidden_state
+                found = self.model.get_decoder()(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+                return found.last_hidden_state[0]
         finally:
+            ATTEND.reset(token)
             config._attn_implementation = before
+
+    def logits(self, hidden):
+        """The model's logits [rows, vocabulary] from hidden states [rows, width]."""
+        with self._linear():
+            return finish(self.model, self.model.get_output_embeddings()(hidden))
 
     def _likeliest(self, hidden):
         """Greedy tokens [rows] from hidden states [rows, width], without ever holding the logits of all rows."""
-        with self._linear():
-            return torch.cat([self.model.lm_head(some).argmax(-1) for some in hidden.split(HEAD_ROWS)])
+        return torch.cat([self.logits(some).argmax(-1) for some in hidden.split(HEAD_ROWS)])
 
     def _linear(self):
         return WeightsAtTheLeft() if self.device.type == "cpu" else nullcontext()
@@ -172,63 +133,48 @@ class Slots:
     # ---- prefill
 
     @torch.inference_mode()
-    def prefill(self, groups: list[tuple[list[int], list[int]]], slots: list[int]) -> list[list[Row]]:
-        """Run contexts (tokens, lengths at which a row begins) into slots. Returns a list of rows per group, each
-        with the greedy token that follows its first `length` tokens."""
-        # One behind the other, without padding.
-        starts = [0, *itertools.accumulate(len(tokens) for tokens, _ in groups)]
-        ids = torch.tensor([token for tokens, _ in groups for token in tokens], device=self.device)
-        positions = torch.cat([torch.arange(len(tokens)) for tokens, _ in groups]).to(self.device)
+    def run(self, groups: list[Group], store=None):
+        """Hidden states [tokens, width] of groups' tokens, one group behind the other, without padding. store: what
+        becomes of a layer's keys and values, [tokens, kv_heads, head_dim]."""
+        ids = torch.tensor([token for group in groups for token in group.tokens], device=self.device)
+        positions = torch.tensor([position for group in groups for position in group.positions], device=self.device)
+        mix = tree_attention(groups, self.heads, self.device, self.dtype)
+
+        def attend(layer, query, key, value, kind):
+            if store:
+                store(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
+            return mix(query, key, value, kind)
+
+        return self._forward(ids, positions, attend)
+
+    @torch.inference_mode()
+    def prefill(self, groups: list[Group], slots: list[int]) -> list[list[Row]]:
+        """Run groups into slots. Returns a list of rows per group, one for each request, with the greedy token that
+        follows it."""
+        starts = [0, *itertools.accumulate(group.columns for group in groups)]
         # The vocabulary's logits are computed where a row begins and nowhere else: [rows, vocabulary], not [tokens,
         # vocabulary].
-        at = [start + length - 1 for start, (_, lengths) in zip(starts, groups, strict=False) for length in lengths]
+        at = [start + path[-1][1] - 1 for start, g in zip(starts, groups, strict=False) for path in g.paths]
         begin = torch.tensor(at, device=self.device)
-        store, mix = self._storing(groups, slots, starts, positions), self._mixing(starts)
-
-        def attend(layer, query, key, value, scaling):
-            store(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
-            return mix(query, key, value, scaling)
-
-        first = self._likeliest(self._forward(ids[None], positions[None], attend)[0, begin])
-        self._meanwhile(len(at), max(*self.used, *(len(tokens) for tokens, _ in groups)) + 1)
+        first = self._likeliest(self.run(groups, self._storing(groups, slots, starts))[begin])
+        self._meanwhile(len(at), max(*self.used, *(group.columns for group in groups)) + 1)
         first, rows = iter(first.tolist()), []
-        for slot, (tokens, lengths) in zip(slots, groups, strict=True):
-            self.used[slot] = len(tokens)
-            rows.append([Row(slot, turn, length, next(first)) for turn, length in enumerate(lengths)])
-        self._open(slots, [lengths for _, lengths in groups])
+        for slot, group in zip(slots, groups, strict=True):
+            self.used[slot] = group.columns
+            rows.append([Row(slot, n, len(r.tokens), next(first)) for n, r in enumerate(group.requests)])
+        self._open(slots, groups)
         return rows
 
     def _meanwhile(self, rows: int, columns: int) -> None:
         """What the host can do for the next step while a GPU is at work on the prefill."""
 
-    def _mixing(self, starts: list[int]):
-        """Attention of contexts that stand one behind the other, each token over its own context up to itself: a
-        function of query [1, heads, tokens, head_dim], key and value, that returns [1, tokens, heads, head_dim]."""
-        lengths = [stop - start for start, stop in itertools.pairwise(starts)]
-        longest, flash, ends = max(lengths), self._flash(), torch.tensor(starts, dtype=torch.int32, device=self.device)
-
-        def mix(query, key, value, scaling):
-            if self.device.type == "cuda":
-                # varlen_attn of torch 2.11 takes no shared key heads; SDPA in float32 would hold every score for them.
-                key, value = key.repeat_interleave(self.group, 1), value.repeat_interleave(self.group, 1)
-            if flash:
-                flat = (t[0].transpose(0, 1) for t in (query, key, value))
-                return varlen_attn(*flat, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))[None]
-            shared = key.shape[1] < self.heads
-            contexts = zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
-            mixed = [
-                F.scaled_dot_product_attention(*own, is_causal=True, scale=scaling, enable_gqa=shared)
-                for own in contexts
-            ]
-            return torch.cat(mixed, 2).transpose(1, 2)
-
-        return mix
-
-    def _flash(self) -> bool:
-        """Whether FlashAttention's kernel for contexts of different lengths takes this model."""
-        if self.device.type != "cuda" or self.dtype not in (torch.float16, torch.bfloat16):
-            return False
-        return self.head_dim <= 256 and torch.cuda.get_device_capability(self.device) >= (8, 0)
+    def _opened(self, group: Group, rows: int, columns: int):
+        """The mask [rows, columns] by which requests see their paths."""
+        seen = torch.zeros(rows, columns, dtype=torch.bool)
+        for row, path in zip(seen, group.paths, strict=False):
+            for start, stop in path:
+                row[start:stop] = True
+        return additive(seen, self.dtype).to(self.device)
 
     def _closed(self, *shape):
         """An additive mask that shows nothing."""
@@ -283,25 +229,26 @@ class PackedSlots(Slots):
         # By layer and slot: keys and values [2, columns, kv_heads, head_dim].
         self.kept: list[list] = [[None] * self.count for _ in range(self.layers)]
         self.masks: list = [None] * self.count  # [rows, columns]
+        self.positions: list = [None] * self.count  # of a column's token, [columns]
 
     def forget(self, slots: list[int]) -> None:
         super().forget(slots)
         for slot in slots:
-            self.masks[slot] = None
+            self.masks[slot] = self.positions[slot] = None
             for kept in self.kept:
                 kept[slot] = None
 
-    def prefill(self, groups: list[tuple[list[int], list[int]]], slots: list[int]) -> list[list[Row]]:
+    def prefill(self, groups: list[Group], slots: list[int]) -> list[list[Row]]:
         trim()  # what earlier steps left in the heap would add to this prefill's needs, and what it leaves to theirs
         rows = super().prefill(groups, slots)
         trim()
         return rows
 
-    def _storing(self, groups, slots, starts, positions):
+    def _storing(self, groups, slots, starts):
         # Before the model runs: among its short-lived tensors they would leave holes in the heap.
         for kept in self.kept:
-            for slot, (tokens, _) in zip(slots, groups, strict=True):
-                kept[slot] = self._buffer(len(tokens) + ROOM)
+            for slot, group in zip(slots, groups, strict=True):
+                kept[slot] = self._buffer(group.columns + ROOM)
 
         def store(layer, key, value):
             for slot, start, stop in zip(slots, starts, starts[1:], strict=False):
@@ -315,11 +262,12 @@ class PackedSlots(Slots):
         shape = 2, round_up(columns, COLUMN_MULTIPLE), self.kv_heads, self.head_dim
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def _open(self, slots: list[int], lengths: list[list[int]]) -> None:
-        for slot, seen in zip(slots, lengths, strict=True):
-            columns = torch.arange(self.kept[0][slot].shape[1], device=self.device)[None]
-            ends = torch.tensor(seen, device=self.device)[:, None]
-            self.masks[slot] = self._zeros(len(seen), columns.shape[1]).masked_fill_(columns >= ends, -torch.inf)
+    def _open(self, slots: list[int], groups: list[Group]) -> None:
+        for slot, group in zip(slots, groups, strict=True):
+            columns = self.kept[0][slot].shape[1]
+            self.masks[slot] = self._opened(group, len(group.paths), columns)
+            self.positions[slot] = self._zeros(columns, dtype=torch.long)
+            self.positions[slot][: group.columns] = torch.tensor(group.positions)
 
     def _reserve(self, slot: int, end: int) -> None:
         """Room in a slot for columns up to `end`."""
@@ -333,6 +281,7 @@ class PackedSlots(Slots):
         mask = self._closed(len(self.masks[slot]), longer.shape[1])
         mask[:, :before] = self.masks[slot]
         self.masks[slot] = mask
+        self.positions[slot] = F.pad(self.positions[slot], (0, mask.shape[1] - before))
 
     def _make_room(self, end: list[int]) -> None:
         for slot, (before, after) in enumerate(zip(self.used, end, strict=True)):
@@ -359,31 +308,34 @@ class PackedSlots(Slots):
         work = []
         for slot, start, stop in spans:
             begin, end = self.used[slot], self.used[slot] + stop - start
+            self.positions[slot][begin:end] = positions[start:stop]
             # A token sees its row's past, itself, and the guesses of its row that stand before it.
             own = (turn[start:stop, None] == turn[None, start:stop]).tril()
             mask = self.masks[slot][turn[start:stop], :end]
-            mask[:, begin:] = self._closed(*own.shape).masked_fill_(own, 0)
-            work.append((slot, slice(start, stop), slice(begin, end), mask.repeat_interleave(self.group, 0)))
+            mask[:, begin:] = additive(own, self.dtype)
+            back = positions[start:stop, None] - self.positions[slot][None, :end]
+            work.append((slot, slice(start, stop), slice(begin, end), back, mask, {}))
 
-        def attend(layer, query, key, value, scaling):
+        def attend(layer, query, key, value, kind):
             new = torch.stack((key[0], value[0])).transpose(1, 2)
             # Query heads that share a key head stand behind one another as its rows: nothing is repeated in memory.
             shape = self.kv_heads, self.group, len(places), self.head_dim
             asked = query.reshape(shape).transpose(1, 2).reshape(1, self.kv_heads, -1, self.head_dim)
             mixed = torch.empty_like(asked)
-            for slot, tokens, columns, mask in work:
+            for slot, tokens, columns, back, mask, masks in work:
+                if kind.window not in masks:
+                    seen = mask if kind.window is None else mask.masked_fill(back >= kind.window, -torch.inf)
+                    masks[kind.window] = seen.repeat_interleave(self.group, 0)
                 kept = self.kept[layer][slot]
                 kept[:, columns] = new[:, tokens]
                 keys, values = kept[:, None, : columns.stop].transpose(2, 3)
                 mine = slice(tokens.start * self.group, tokens.stop * self.group)
-                mixed[:, :, mine] = F.scaled_dot_product_attention(
-                    asked[:, :, mine], keys, values, attn_mask=mask, scale=scaling
-                )
+                sinks = None if kind.sinks is None else kind.sinks.view(self.kv_heads, self.group).repeat(1, len(back))
+                mixed[:, :, mine] = dot_product(asked[:, :, mine], keys, values, masks[kind.window], kind, sinks)
             return (
                 mixed.view(self.kv_heads, len(places), -1)
                 .transpose(0, 1)
                 .reshape(1, len(places), self.heads, self.head_dim)
             )
 
-        hidden = self._forward(ids[None], positions[None], attend)
-        return self._likeliest(hidden[0]).tolist()
+        return self._likeliest(self._forward(ids, positions, attend)).tolist()

@@ -1,11 +1,12 @@
-"""Shared contexts over fixed buffers (see helpers.slots): a step in buckets of rows and columns, which a CUDA graph
-can hold."""
+"""Shared contexts over fixed buffers (see helpers.evaluate.slots): a step in buckets of rows and columns, which a CUDA
+graph can hold."""
 
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 
+from helpers.evaluate.attention import dot_product
+from helpers.evaluate.prefixes import Group
 from helpers.evaluate.slots import COLUMN_MULTIPLE, Place, Row, Slots, round_up
 from helpers.setup.device import capture_stream
 
@@ -54,12 +55,16 @@ class StaticSlots(Slots):
         self.cache = [tuple(self._zeros(*shape) for _ in range(2)) for _ in range(self.layers)]
         self.mask = self._closed(self.count, self.group, self.lanes, self.columns)
         self.mask[0] = 0
+        self.positions = self._zeros(self.count, self.columns, dtype=torch.long)  # of a column's token
         self.visible = self._zeros()
         self.buffers: dict = {}
 
-    def _storing(self, groups, slots, starts, positions):
-        lengths = torch.tensor([len(tokens) for tokens, _ in groups])
-        where = torch.tensor(slots).repeat_interleave(lengths).to(self.device), positions
+    def _storing(self, groups, slots, starts):
+        lengths = torch.tensor([group.columns for group in groups])
+        columns = torch.cat([torch.arange(length) for length in lengths])
+        where = torch.tensor(slots).repeat_interleave(lengths).to(self.device), columns.to(self.device)
+        positions = torch.tensor([position for group in groups for position in group.positions])
+        self.positions.index_put_(where, positions.to(self.device))
 
         def store(layer, key, value):
             for cache, new in zip(self.cache[layer], (key, value), strict=True):
@@ -67,10 +72,8 @@ class StaticSlots(Slots):
 
         return store
 
-    def _open(self, slots: list[int], lengths: list[list[int]]) -> None:
-        ends = torch.tensor([[*seen, *[0] * (self.lanes - len(seen))] for seen in lengths], device=self.device)
-        closed = torch.arange(self.columns, device=self.device) >= ends[..., None]
-        opened = self._zeros(*closed.shape).masked_fill_(closed, -torch.inf)
+    def _open(self, slots: list[int], groups: list[Group]) -> None:
+        opened = torch.stack([self._opened(group, self.lanes, self.columns) for group in groups])
         self.mask[torch.tensor(slots, device=self.device)] = opened[:, None]
 
     def repack(self, keep: list[int], columns: int, rows: list[Row]) -> dict[int, int]:
@@ -93,6 +96,9 @@ class StaticSlots(Slots):
             mask[to, ..., :width] = self.mask[slot, ..., :width]
         mask[0] = 0
         self.mask = mask
+        positions = self._zeros(len(kept), columns, dtype=torch.long)
+        positions[:, :width] = self.positions[kept, :width]
+        self.positions = positions
         self.used = [self.used[slot] for slot in kept]
         self.count, self.columns = len(kept), columns
         places = {slot: to for to, slot in enumerate(kept)}
@@ -168,14 +174,24 @@ class StaticSlots(Slots):
         inputs, output = self.buffers[count]
         slot, lane, column, ids, positions = inputs.unbind(0)
         self._open_columns(slot, lane, column)
-        mask = (
-            self.mask[..., :width]
-            .reshape(self.count, 1, self.group * self.lanes, width)
-            .expand(-1, self.kv_heads, -1, -1)
-        )
+        self.positions.index_put_((slot, column), positions)
+        masks: dict = {}
+
+        def mask(window):
+            if window not in masks:
+                seen = self.mask[..., :width]
+                if window is not None:
+                    now = self._zeros(self.count, self.lanes, dtype=torch.long)
+                    now.index_put_((slot, lane), positions)
+                    back = now[:, None, :, None] - self.positions[:, None, None, :width]
+                    seen = seen.masked_fill(back >= window, -torch.inf)
+                seen = seen.reshape(self.count, 1, self.group * self.lanes, width)
+                masks[window] = seen.expand(-1, self.kv_heads, -1, -1)
+            return masks[window]
+
         place = slot * self.lanes + lane
 
-        def attend(layer, query, key, value, scaling):
+        def attend(layer, query, key, value, kind):
             keys, values = self.cache[layer]
             keys.index_put_((slot, column), key[0].transpose(0, 1))
             values.index_put_((slot, column), value[0].transpose(0, 1))
@@ -186,12 +202,14 @@ class StaticSlots(Slots):
             )
             padded = padded.reshape(self.count, self.kv_heads, self.group * self.lanes, self.head_dim)
             seen = keys[:, :width].transpose(1, 2), values[:, :width].transpose(1, 2)
-            mixed = F.scaled_dot_product_attention(padded, *seen, attn_mask=mask, scale=scaling)
+            sinks = None
+            if kind.sinks is not None:
+                sinks = kind.sinks.view(self.kv_heads, self.group).repeat_interleave(self.lanes, 1)
+            mixed = dot_product(padded, *seen, mask(kind.window), kind, sinks)
             mixed = mixed.view(self.count, self.kv_heads, self.group, self.lanes, self.head_dim).permute(0, 3, 1, 2, 4)
             return mixed.reshape(self.count * self.lanes, self.heads, self.head_dim).index_select(0, place)[None]
 
-        hidden = self._forward(ids[None], positions[None], attend)
-        output.copy_(self._likeliest(hidden[0]))
+        output.copy_(self._likeliest(self._forward(ids, positions, attend)))
 
     def _capture_if_warm(self, key) -> None:
         if self.captured and key[0] in self.warm and key not in self.graphs:

@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 
-STUDY ?= smollm2-135m
+STUDY ?= $(or $(notdir $(RESULTS:%/=%)),smollm2-135m)
 # What starts a notebook, such as RUN="srun --gpus=1"; with make -j the notebooks are then scheduled elsewhere.
 RUN ?=
 # Studies and configurations are folder and file names, and reach the shell: letters, digits, dots, hyphens, underscores.
@@ -202,7 +202,7 @@ lint: $(ENV) ## check code and notebooks
 	$(PY) tests/check_notebooks.py
 
 readme: $(ENV) ## render what README.md says was found, from the committed runs
-	@$(PY) -m helpers.analysis.report
+	@$(PY) -m helpers.analysis.readme
 
 bench-pipeline: $(ENV) ## time make run-all and make test, with peak memory, into executed/reference/
 	$(PY) tests/bench_pipeline.py

@@ -232,7 +232,7 @@ def compare(
             {"a": a, "b": b, "n_questions": n, "n_dialogues": groups}
             | {f"mean_{side}": float(np.average(arrays[x], weights=weights)) for side, x in (("a", a), ("b", b))}
             | {"difference": float(sums[:, k].sum() / sizes.sum())}
-            | dict.fromkeys(LIMITS)
+            | dict.fromkeys(LIMITS.split())
             | ({} if reason else {key: float(values[k]) for key, values in own.items()})
             | {"p": float(p[k]) if enough else None, "level": level if enough else None}
             | {"confidence": confidence, "family": "primary" if family else "exploratory", "reason": reason}
@@ -240,7 +240,7 @@ def compare(
     return rows
 
 
-LIMITS = "standard_error ci_low ci_high equal_low equal_high p_adjusted adjusted_low adjusted_high".split()
+LIMITS = "standard_error ci_low ci_high equal_low equal_high p_adjusted adjusted_low adjusted_high"
 
 
 def paired(values_a, values_b, clusters, weights=None, *, confidence: float, resamples: int, seed: int) -> dict:

@@ -5,10 +5,10 @@ a target is missed. Dialogues of 3 to 25 turns; a turn's score is a step functio
 is often 0 or 1 and else between them, like F1; a dialogue's turns share an offset, in the score and in the difference
 between configurations. True means and quantiles are known in closed form.
 
-A row per rule and number n of dialogues (of data sets for the pooled mean, of processes for times): percent (of simulated studies) beside
-nominal. Targets: coverage within 2 points of nominal; a wrong verdict (level) in no more than nominal plus 2 points;
-80% power within 5 points from 20 dialogues on. Rows where fewer than half of the studies get an interval are held to
-nothing.
+A row per rule and number n of dialogues (of data sets for the pooled mean, of processes for times): percent (of
+simulated studies) beside nominal. Targets: coverage within 2 points of nominal; a wrong verdict (level) in no more than
+nominal plus 2 points; 80% power within 5 points from 20 dialogues on. Rows where fewer than half of the studies get an
+interval are held to nothing.
 """
 
 import json
@@ -251,7 +251,7 @@ def redrawn(groups, studies, rng, any_turn=False):
         else:
             index, a, b = None, np.zeros(groups), pairs((groups,), 1)[:, 0]
         options = {"size": 50, "draws": 1_000, "confidence": CONFIDENCE, "seed": seed_of(rng)}
-        result = redraw({"a": a, "b": b}, {("a", "b"): []}, clusters=index, **options)
+        result = redraw({"a": a, "b": b}, [("a", "b")], clusters=index, **options)
         row = result["comparisons"][0]
         given.append(row["reason"] is None)
         found.append(given[-1] and row["share_above_low"] <= truth <= row["share_above_high"])

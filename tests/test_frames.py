@@ -174,13 +174,14 @@ def test_the_opposite_finding_gives_the_opposite_sentences(reference, all_turns,
     )
     paper = {"study": "x", "model": "y", "questions": 50, "configurations": {}}
     said = " ".join(sentences.abstract(f, rows, contrasts.table(f, last_turns=True), f.ratios(), paper))
-    assert "NF4 scores above FP16" in said and "NF4 scores below" not in said
-    assert any("gains accuracy" in text for text in sentences.recommendation(f, rows))
+    assert "Should I use NF4? Yes: it even scores higher" in said and "FP4 scores below NF4" in said
+    paper["questions"], said = 50, " ".join(sentences.abstract(reference, all_turns, all_turns, f.ratios(), paper))
+    assert "Should I use NF4? Not where accuracy counts" in said and "It keeps 74%" in said
 
 
 def test_neighbours_in_perplexity_are_separated_only_where_the_pairs_say_so(reference):
     rows = contrasts.perplexities(reference)
-    assert not rows.set_index(["better", "worse"]).separated["gptq", "awq"] and rows.separated.any()
+    assert rows.set_index(["a", "b"]).verdict["gptq", "awq"] == "n too small to say" and (rows.verdict == "above").any()
     assert any("GPTQ and AWQ" in text for text in sentences.perplexities(reference, rows))
 
 

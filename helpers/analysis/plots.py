@@ -1,4 +1,5 @@
-"""What the figures share: a look per configuration, forest plots, and the way into notebook, file and report.
+"""What the figures share: a look per configuration, forest plots, boxes and arrows, and the way into notebook, file and
+report.
 
     with plots.figure("latency", f, 2, 3, height=5, caption="...") as (fig, axes):
         ...        # drawn; then saved as PNG and SVG, and shown with its caption
@@ -17,10 +18,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML, display
 from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from helpers import results
-from helpers.analysis.frames import MODES, Frames
+from helpers.analysis.frames import Frames
 
 STYLE = {
     "figure.facecolor": "white",
@@ -43,21 +45,12 @@ STYLE = {
 WIDTH = 8.0
 PNG_DPI = 144
 SVG_BYTES = 150_000  # the page embeds a smaller SVG as it is, and a PNG in place of a larger one
-LIGHT, DARK = "#8c8c8c", "#333333"
-LOOKS = {
-    "fp16": ("#000000", "o"),
-    "bf16": ("#000000", "o"),
-    "int8": ("#56B4E9", "s"),
-    "fp8": ("#E69F00", "D"),
-    "gptq": ("#009E73", "^"),
-    "awq": ("#CC79A7", "v"),
-    "nf4": ("#0072B2", "P"),
-    "fp4": ("#D55E00", "X"),
-    "int4": ("#8a7a00", "<"),
-    "uniform": ("#7f7f7f", "|"),
-    "lloyd_max": ("#009E73", "|"),
-    "gaussian_lloyd_max": ("#000000", "|"),
-}
+LIGHT, DARK, PALE, BLUE = "#8c8c8c", "#333333", "#f2f4f7", "#0072B2"
+LINE = 0.19  # inches per line of text in a diagram
+LOOKS = """fp16 #000000 o, bf16 #000000 o, fp32 #000000 o, int8 #56B4E9 s, int8-weights #8a9bb0 h, fp8 #E69F00 D,
+gptq #009E73 ^, awq #CC79A7 v, hqq #a6761d >, nf4 #0072B2 P, nf4-plain #5b3a8c *, fp4 #D55E00 X, int4 #8a7a00 <,
+uniform #7f7f7f |, lloyd_max #009E73 |, gaussian_lloyd_max #000000 |"""
+LOOKS = {name: look for name, *look in map(str.split, LOOKS.split(","))}  # configuration -> colour, marker
 SPARE = (("#7f7f7f", ">"), ("#5b3a8c", "*"), ("#00626b", "p"), ("#a6761d", "h"))
 
 
@@ -73,14 +66,13 @@ def figure(name: str, f: Frames, rows: int = 1, columns: int = 1, height: float 
     caption.
 
     caption: one or two sentences of plain text; the first says what to see, and is the alternative text. Axes that stay
-    empty take the figure away again, with a line that says so.
+    empty show nothing: the section's table says what was not measured.
     """
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         drawn, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", **options)
         try:
             yield drawn, axes
             if not any(np.isfinite(panel.dataLim.get_points()).all() for panel in drawn.axes):
-                display(HTML(f'<p class="note">{html.escape(name)}: not drawn, since nothing of it was measured.</p>'))
                 return
             folder = results.figures_folder(f.study)
             folder.mkdir(parents=True, exist_ok=True)
@@ -124,35 +116,16 @@ def forest(axes, table, value: str, low: str, high: str, zero: float | None = No
     axes.grid(False, axis="y")
 
 
-def histogram(axes, row: dict, colour: str) -> None:
-    """Redraws of a difference (a row of redraw.redraw's comparisons), in points; darker where the sign contradicts
-    it."""
-    edges, counts = 100 * np.array(row["histogram"]["edges"]), np.array(row["histogram"]["counts"])
-    centres, share, truth = (edges[1:] + edges[:-1]) / 2, 100 * counts / counts.sum(), 100 * row["difference"]
-    against = centres * truth < 0
-    axes.bar(centres, share, width=np.diff(edges), color=colour, alpha=0.4)
-    axes.bar(centres[against], share[against], width=np.diff(edges)[against], color=colour)
-    axes.axvline(truth, color=DARK, linewidth=1.4, linestyle="--")
-    axes.axvline(0, color=DARK, linewidth=0.8)
-    axes.set_ylabel("redraws (%)")
-
-
 def names(axes, f: Frames, configurations, width: int = 16) -> None:
     """Configurations as the labels of a vertical axis, first on top."""
     labels = [textwrap.fill(f.label(name), width) for name in configurations]
     axes.set_yticks(range(len(labels)), labels)
 
 
-def legend(fig, f: Frames, configurations, *more, columns: int = 5) -> None:
+def legend(fig, f: Frames, configurations, columns: int = 5) -> None:
     """One legend below all panels."""
     handles = [Line2D([], [], label=f.label(name), **look(name)) for name in configurations]
-    handles += more
     fig.legend(handles=handles, loc="outside lower center", ncols=min(columns, max(1, len(handles))))
-
-
-def mark(label: str, **options) -> Line2D:
-    """A legend entry for something that is no configuration."""
-    return Line2D([], [], label=label, **({"color": DARK, "linestyle": "none"} | options))
 
 
 PAPER = {"marker": "D", "mfc": "white", "mec": DARK}
@@ -192,5 +165,33 @@ def curves(axes, f: Frames, table, x: str, y: str, limit: str | None = None) -> 
     log(axes.yaxis)
 
 
-def mode_name(mode: str) -> str:
-    return MODES.get(mode, mode)
+# ---- diagrams: axes whose unit is an inch, so that text and boxes fit at any height ----
+
+
+def canvas(axes) -> float:
+    """An empty sheet; returns its height."""
+    height = axes.figure.get_size_inches()[1]
+    axes.set_axis_off()
+    axes.set(xlim=(0, WIDTH), ylim=(height, 0))
+    axes.plot([], [])
+    return height
+
+
+def box(axes, x, y, width, height, title: str, text: str = "", colour: str = LIGHT, face: str = PALE) -> None:
+    """A box with a bold title and lines of text, wrapped to its width, and set smaller if there are many."""
+    frame = {"boxstyle": "round,pad=0,rounding_size=0.06", "facecolor": face, "edgecolor": colour, "linewidth": 1.2}
+    axes.add_patch(FancyBboxPatch((x, y), width, height, **frame))
+    letters = int((width - 0.16) / 0.076)
+    lines = [line for part in text.split("\n") for line in textwrap.wrap(part, letters)]
+    titles = textwrap.wrap(title, int(letters * 0.88))
+    pitch = min(LINE, (height - 0.08) / (len(titles) + len(lines)))
+    top = y + (height - pitch * (len(titles) + len(lines))) / 2
+    for i, line in enumerate(titles + lines):
+        weight, size = ("bold", 9) if i < len(titles) else ("normal", 8.5)
+        options = {"fontsize": size * pitch / LINE, "weight": weight, "ha": "center", "va": "center"}
+        axes.text(x + width / 2, top + pitch * (i + 0.5), line, **options)
+
+
+def arrow(axes, start: tuple, end: tuple) -> None:
+    style = {"arrowstyle": "-|>", "color": DARK, "linewidth": 1.1, "shrinkA": 1, "shrinkB": 1}
+    axes.annotate("", end, start, arrowprops=style)

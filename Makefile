@@ -146,7 +146,7 @@ endif
 
 RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/weights.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark*.json $(OUT)/*/fidelity.json $(OUT)/bench_eval.json)
 
-report: $(OUT)/report.html ## render the report from the results that are there
+report: $(OUT)/report.html $(if $(HAS_DATA),$(OUT)/samples.html) ## render the report, and the answers that it leads to
 
 $(OUT)/04_analysis.ipynb: notebooks/04_analysis.ipynb $(STUDY_FILE) $(ANALYSIS) $(RESULT_FILES) | $(ENV)
 	@$(RUN) $(NB) run notebooks/04_analysis.ipynb $@ -f $(STUDY_FILE) $(FOLDER)
@@ -159,7 +159,7 @@ report-pdf: $(OUT)/report.html ## print the report as a PDF (needs Chromium or C
 	@$(CHROMIUM) --headless --no-sandbox --no-pdf-header-footer --print-to-pdf=$(OUT)/report.pdf $(abspath $<) 2>/dev/null \
 	  && echo "$(OUT)/report.pdf" || { echo "$(CHROMIUM): cannot print; install Chromium, or name it with CHROMIUM=..." >&2; exit 1; }
 
-samples: $(OUT)/samples.html ## a page of every answer: two configurations side by side, filters, stories
+samples: $(OUT)/samples.html ## the page of every answer alone: two configurations side by side, filters, stories
 
 $(OUT)/samples.html: $(RESULT_FILES) $(ANALYSIS) $(wildcard notebooks/template/*) | $(ENV)
 	@$(PY) -m helpers.analysis.samples $(OUT)

@@ -6,7 +6,6 @@ The primary contrasts are named in advance: every format vs full precision, and 
 
 import itertools
 
-import numpy as np
 import pandas as pd
 
 from helpers import statistics
@@ -39,7 +38,6 @@ def clusters(table: pd.DataFrame) -> list[str]:
 
 ROW = "metric a b primary difference low high differs verdict recovery recovery_low recovery_high p_adjusted detectable"
 ROW += " reason n_questions"
-INTERVAL = {"mean": "mean", "low": "ci_low", "high": "ci_high"} | {k: k for k in ("standard_error", "design_effect")}
 
 
 def table(f: Frames, metric: str = "f1", last_turns: bool = False) -> pd.DataFrame:
@@ -68,20 +66,14 @@ def vs_full(f: Frames, rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.primary & (rows.a == f.full)].set_index("b", drop=False)
 
 
-def means(f: Frames) -> pd.DataFrame:
-    """A row per configuration and metric: mean, low, high, standard_error (clustered), design_effect; over last
-    turns with last_ before them."""
-    rows = []
-    for metric in METRICS:
-        tables = {"": f.wide(metric), "last_": f.wide(metric, last_turns=True)}
-        for name in tables[""]:
-            row = {"configuration": name, "metric": metric}
-            for prefix, wide in tables.items():
-                found = statistics.interval(wide[name], clusters(wide), **options(f)) if len(wide) else {}
-                row |= {prefix + key: found.get(of) for key, of in INTERVAL.items()}
-            rows.append(row)
-    numbers = [prefix + key for prefix in ("", "last_") for key in INTERVAL]
-    return pd.DataFrame(rows, columns=["configuration", "metric", *numbers]).astype(dict.fromkeys(numbers, float))
+def means(f: Frames, metric: str, last_turns: bool = False) -> pd.DataFrame:
+    """statistics.interval of each configuration's score, a row each."""
+    wide = f.wide(metric, last_turns)
+    rows = {name: statistics.interval(wide[name], clusters(wide), **options(f)) for name in wide}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=MEAN.split()).astype(float)
+
+
+MEAN = "mean ci_low ci_high standard_error design_effect"
 
 
 def groups(f: Frames, column: str) -> pd.DataFrame:
@@ -117,33 +109,6 @@ def pooled(f: Frames, rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def flips(f: Frames) -> pd.DataFrame:
-    """Answers that change between right and wrong vs full precision, in per cent of the questions (recovery.flips),
-    and the share of answers that stay the same text."""
-    right, said = f.wide("right"), f.wide("prediction")
-    rows = [
-        {"configuration": name, "same_text": 100 * float((said[name] == said[f.full]).mean())}
-        | recovery.flips(right[f.full].astype(float), right[name].astype(float), clusters(right), **options(f))
-        for name in right
-        if f.full in right and name != f.full
-    ]
-    return pd.DataFrame(rows)
-
-
-def lengths(f: Frames) -> pd.DataFrame:
-    """Answer length: mean tokens, ratio to full precision (per cent) with interval, share of answers at the limit."""
-    rows, names = [], {"ratio": "recovery", "low": "ci_low", "high": "ci_high"}
-    if f.samples.answer_tokens.notna().any():
-        wide, limit = f.wide("answer_tokens").astype(float), f.wide("hit_limit").astype(float)
-        for name in wide:
-            row = {"configuration": name, "tokens": wide[name].mean(), "at_limit": limit[name].mean()}
-            if f.full in wide:
-                found = recovery.recovery(wide[f.full], wide[name], clusters(wide), **options(f))
-                row |= {key: found[of] for key, of in names.items()}
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
 def perplexities(f: Frames, pairs: list | None = None) -> pd.DataFrame:
     """ln perplexity, b minus a, paired by dialogue, each vs full precision in its own dtype, adjusted over the pairs:
     statistics.compare's columns, low, high, verdict. pairs: those named in advance, else neighbours, best first."""
@@ -160,25 +125,6 @@ def perplexities(f: Frames, pairs: list | None = None) -> pd.DataFrame:
         row |= {"low": row["adjusted_low"], "high": row["adjusted_high"], "primary": True}
         row["verdict"] = statistics.differs(row) or "n too small to say"
     return pd.DataFrame(rows)
-
-
-def glance(f: Frames, rows: pd.DataFrame, ratios: pd.DataFrame) -> pd.DataFrame:
-    """Everything vs full precision, a row per quantized configuration: memory (without a benchmark that of the file),
-    recovery, ppl and decode (batch 1), as ratios with _low and _high where there is an interval or a range of
-    processes; bits (per linear weight)."""
-    names = [name for name in f.configurations.index if not f.configurations.full[name]]
-    found = pd.DataFrame({"bits": f.configurations.bits_per_weight.reindex(names).astype(float)})
-    size = f.sizes[measured_size(f)]
-    found["memory"] = found["memory_low"] = found["memory_high"] = (size / size.get(f.full, np.nan)).reindex(names)
-    ppl = f.tokens[f.tokens.group == "all"].set_index("configuration")
-    decode = at(ratios, "decode", batch=1, mode=fastest_mode(f, ratios))
-    parts = {"recovery": (vs_full(f, rows), "recovery"), "ppl": (ppl, "ln_ratio ln_low ln_high")}
-    for key, (table, of) in (parts | {"decode": (decode, "ratio")}).items():
-        columns = of.split() if " " in of else [of, f"{of}_low", f"{of}_high"]
-        for side, column in zip(("", "_low", "_high"), columns):
-            found[key + side] = table[column].reindex(names).astype(float)
-    found.update(np.exp(found[["ppl", "ppl_low", "ppl_high"]]))
-    return found
 
 
 def measured_size(f: Frames) -> str:

@@ -48,13 +48,15 @@ sensitivity     depth, format, relative_squared_error, ln_ratio, kl: one block o
 noise           kind (nf4, or what the noise was matched to), seed, relative_squared_error, ln_ratio, ln_low, ln_high,
                 f1, f1_low, f1_high (difference from full precision)
 hardware        configuration, process, device, gb_per_second (copy), tflops (matmul), dtype, warnings
+engine          index: configuration. questions, seconds, fallbacks, truncated; stock_ratio (seconds of stock lm-eval
+                over these), stock_identical (share of answers like its)
 runs            configuration, kind, process, status, reason, created, commit, dirty, gpu, driver, cuda, processor,
                 cores, memory_gib, torch, transformers, bitsandbytes, seed, seconds
 """
 
 import json
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -72,33 +74,13 @@ RIGHT = 0.5  # exact match is a mean over references: at least half of them
 KEYS = ["data_set", "dialogue", "turn"]
 
 
-class Frames(NamedTuple):
-    study: Study
-    folder: Path
-    full: str | None  # the configuration that others are compared with
-    configurations: pd.DataFrame
-    samples: pd.DataFrame
-    scores: pd.DataFrame
-    times: pd.DataFrame
-    sizes: pd.DataFrame
-    largest: pd.DataFrame
-    energy: pd.DataFrame
-    profile: pd.DataFrame
-    agreement: pd.DataFrame
-    tokens: pd.DataFrame
-    texts: pd.DataFrame
-    confidence: pd.DataFrame
-    floor: pd.DataFrame
-    dialogues: pd.DataFrame
-    formats: pd.DataFrame
-    layers: pd.DataFrame
-    block_sizes: pd.DataFrame
-    sensitivity: pd.DataFrame
-    noise: pd.DataFrame
-    hardware: pd.DataFrame
-    runs: pd.DataFrame
-    weights: dict  # what 03_weights wrote: codebooks and histogram have no natural table
-    engine: pd.DataFrame  # questions, seconds, fallbacks, truncated; times stock lm-eval's, share of answers like its
+FIELDS = """study folder full configurations samples scores times sizes largest energy profile agreement tokens texts
+confidence floor dialogues formats layers block_sizes sensitivity noise hardware runs weights engine"""
+
+
+class Frames(namedtuple("Frames", FIELDS)):
+    """study (its parameters), folder (of the results), full (the configuration that others are compared with, or
+    None), weights (what 03_weights wrote: codebooks and histogram have no natural table); all else as above."""
 
     def label(self, configuration: str) -> str:
         """What a reader sees. A format that no configuration has (lloyd_max) is its own name in words."""

@@ -1,5 +1,4 @@
-"""What the figures share: a look per configuration, forest plots, boxes and arrows, and the way into notebook, file and
-report.
+"""What the figures share: a look per configuration, forest plots, and the way into notebook, file and report.
 
     with plots.figure("latency", f, 2, 3, height=5, caption="...") as (fig, axes):
         ...        # drawn; then saved as PNG and SVG, and shown with its caption
@@ -18,7 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML, display
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from helpers import results
@@ -45,8 +43,7 @@ STYLE = {
 WIDTH = 8.0
 PNG_DPI = 144
 SVG_BYTES = 150_000  # the page embeds a smaller SVG as it is, and a PNG in place of a larger one
-LIGHT, DARK, PALE, BLUE = "#8c8c8c", "#333333", "#f2f4f7", "#0072B2"
-LINE = 0.19  # inches per line of text in a diagram
+LIGHT, DARK = "#8c8c8c", "#333333"
 LOOKS = """fp16 #000000 o, bf16 #000000 o, fp32 #000000 o, int8 #56B4E9 s, int8-weights #8a9bb0 h, fp8 #E69F00 D,
 gptq #009E73 ^, awq #CC79A7 v, hqq #a6761d >, nf4 #0072B2 P, nf4-plain #5b3a8c *, fp4 #D55E00 X, int4 #8a7a00 <,
 uniform #7f7f7f |, lloyd_max #009E73 |, gaussian_lloyd_max #000000 |"""
@@ -151,47 +148,3 @@ def log(axis, values=None) -> None:
     if values is not None:
         axis.set_ticks(sorted(set(values)))
         axis.set_minor_locator(NullLocator())
-
-
-def curves(axes, f: Frames, table, x: str, y: str, limit: str | None = None) -> None:
-    """A line per configuration through its medians, bars for the range of its processes; `limit` dashed; log axes."""
-    for name in f.configurations.index.intersection(table.configuration.unique(), sort=False):
-        rows = table[table.configuration == name].sort_values(x)
-        spread = [np.maximum(0, rows[y] - rows.low), np.maximum(0, rows.high - rows[y])] if y == "ms" else None
-        axes.errorbar(rows[x], rows[y], yerr=spread, linewidth=1.4, **look(name))
-        if limit and rows[limit].notna().any():
-            axes.plot(rows[x], rows[limit], color=look(name)["color"], linestyle="--", linewidth=0.9)
-    log(axes.xaxis, table[x])
-    log(axes.yaxis)
-
-
-# ---- diagrams: axes whose unit is an inch, so that text and boxes fit at any height ----
-
-
-def canvas(axes) -> float:
-    """An empty sheet; returns its height."""
-    height = axes.figure.get_size_inches()[1]
-    axes.set_axis_off()
-    axes.set(xlim=(0, WIDTH), ylim=(height, 0))
-    axes.plot([], [])
-    return height
-
-
-def box(axes, x, y, width, height, title: str, text: str = "", colour: str = LIGHT, face: str = PALE) -> None:
-    """A box with a bold title and lines of text, wrapped to its width, and set smaller if there are many."""
-    frame = {"boxstyle": "round,pad=0,rounding_size=0.06", "facecolor": face, "edgecolor": colour, "linewidth": 1.2}
-    axes.add_patch(FancyBboxPatch((x, y), width, height, **frame))
-    letters = int((width - 0.16) / 0.076)
-    lines = [line for part in text.split("\n") for line in textwrap.wrap(part, letters)]
-    titles = textwrap.wrap(title, int(letters * 0.88))
-    pitch = min(LINE, (height - 0.08) / (len(titles) + len(lines)))
-    top = y + (height - pitch * (len(titles) + len(lines))) / 2
-    for i, line in enumerate(titles + lines):
-        weight, size = ("bold", 9) if i < len(titles) else ("normal", 8.5)
-        options = {"fontsize": size * pitch / LINE, "weight": weight, "ha": "center", "va": "center"}
-        axes.text(x + width / 2, top + pitch * (i + 0.5), line, **options)
-
-
-def arrow(axes, start: tuple, end: tuple) -> None:
-    style = {"arrowstyle": "-|>", "color": DARK, "linewidth": 1.1, "shrinkA": 1, "shrinkB": 1}
-    axes.annotate("", end, start, arrowprops=style)

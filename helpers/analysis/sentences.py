@@ -13,13 +13,6 @@ from helpers.analysis.style import interval, number, percent, points, times
 
 ANSWERS = {"below": "Not where accuracy counts.", "above": "Yes: it even scores higher here."}
 SMALL_SHARE = 0.9  # of the linear weights: quantizing less than this is worth a warning
-NOISE = {
-    "nf4": "NF4 itself",
-    "block": "Gaussian noise, matched block by block",
-    "layer": "Gaussian noise, matched layer by layer",
-    "signs": "NF4's own errors, random signs",
-    "permuted": "NF4's own errors, permuted in their block",
-}
 
 
 def listed(names) -> str:
@@ -100,16 +93,6 @@ def setup(f: Frames) -> list[str]:
             "so speed and memory are full precision's and are not shown again."
         )
     return said
-
-
-def needs(f: Frames, name: str) -> str:
-    """What a format asks of whoever uses it, and what is not known of it here, in a few words."""
-    row = f.configurations.loc[name]
-    if row.evaluation != "ok" and row.benchmark != "ok":
-        return f"not run: {row.reason}"
-    parts = ["a calibration text"] if row.method in ("gptq", "awq") else []
-    parts += ["no 4-bit kernel here"] if row.same_kernels else []
-    return ", ".join(parts) or "nothing more"
 
 
 def limitations(f: Frames, paper: dict) -> list[str]:
@@ -264,16 +247,6 @@ def disagreements(f: Frames, all_turns, last_turns) -> list[str]:
     ] or ["All turns and last turns give the same verdicts."]
 
 
-def flips(f: Frames, table: pd.DataFrame) -> list[str]:
-    """How many right answers the worst formats lose."""
-    rows = table[table.lost.notna()].sort_values("lost", ascending=False).head(2) if len(table) else table
-    full = f.label(f.full) if f.full else ""
-    return [
-        f"{f.label(row.configuration)} loses {number(row.lost, 0)}% of the answers that {full} got right."
-        for row in rows.itertuples()
-    ]
-
-
 def redraws(f: Frames, designs: list[dict]) -> list[str]:
     """How often the design would have given each direction, and how well that share is known."""
     said = []
@@ -286,46 +259,6 @@ def redraws(f: Frames, designs: list[dict]) -> list[str]:
             parts.append(f"{f.label(row['b'])} beats {f.label(row['a'])} in {share} {known}".strip())
         said.append(f"In {design['draws']:,} repeats of {kind} ({design['size']} dialogues): {'; '.join(parts)}.")
     return said
-
-
-def perplexities(f: Frames, neighbours: pd.DataFrame) -> list[str]:
-    """The order of perplexities, with the neighbours that it does not separate."""
-    if neighbours.empty:
-        return []
-    order = [neighbours.a.iloc[0], *neighbours.b]
-    unclear = neighbours[~neighbours.verdict.isin(["above", "below"])]
-    same = [f"{f.label(row.a)} and {f.label(row.b)}" for row in unclear.itertuples()]
-    said = [f"Perplexity vs full precision in the same dtype, best first: {', '.join(map(f.label, order))}."]
-    return said + ([f"Not separated by paired intervals: {'; '.join(same)}."] if same else [])
-
-
-def levels(f: Frames) -> list[str]:
-    """Why a format may beat the best sixteen levels; what noise of NF4's size costs beside NF4."""
-    errors = f.formats.relative_squared_error.astype(float)
-    rows = [n for n in ("asymmetric", "int4", "hqq") if errors.get(n, np.inf) < errors.get("lloyd_max", -np.inf)]
-    said = []
-    if rows:
-        said.append(
-            f"{listed(map(f.label, rows))}: smaller than with the best sixteen levels, which all blocks share but for "
-            "their scale, while a zero point also moves the levels with each block."
-        )
-        if f.study.model.already_quantized:
-            said.append(f"These weights were on such a grid before ({f.study.model.already_quantized}).")
-    if "gptq" in errors:
-        said.append("GPTQ keeps a layer's output, not its weights: its weight error is the price, not its loss.")
-    return said
-
-
-def noise(f: Frames) -> list[str]:
-    """Does noise of NF4's size cost what NF4 costs?"""
-    ln = f.noise.groupby("kind").ln_ratio.mean() if len(f.noise) else {}
-    if not {"nf4", "block"} <= set(ln):
-        return []
-    beside = "more than" if ln["block"] > ln["nf4"] else "no more than"
-    return [
-        f"Gaussian noise of the same squared error in every block costs {number(ln['block'])} in ln perplexity, "
-        f"{beside} NF4 itself ({number(ln['nf4'])})."
-    ]
 
 
 def heterogeneity(f: Frames, over: pd.DataFrame) -> list[str]:

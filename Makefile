@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-builtin-rules
 
-STUDY ?= smollm2-135m
+STUDY ?= $(or $(notdir $(RESULTS:%/=%)),smollm2-135m)
 # What starts a notebook, such as RUN="srun --gpus=1"; with make -j the notebooks are then scheduled elsewhere.
 RUN ?=
 # Studies and configurations are folder and file names, and reach the shell: letters, digits, dots, hyphens, underscores.
@@ -145,7 +145,7 @@ endif
 
 RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/weights.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark*.json $(OUT)/*/fidelity.json $(OUT)/bench_eval.json)
 
-report: $(OUT)/report.html ## render the report from the results that are there
+report: $(OUT)/report.html $(if $(HAS_DATA),$(OUT)/samples.html) ## render the report, and the answers that it leads to
 
 $(OUT)/04_analysis.ipynb: notebooks/04_analysis.ipynb $(STUDY_FILE) $(ANALYSIS) $(RESULT_FILES) | $(ENV)
 	@$(RUN) $(NB) run notebooks/04_analysis.ipynb $@ -f $(STUDY_FILE) $(FOLDER)
@@ -158,7 +158,7 @@ report-pdf: $(OUT)/report.html ## print the report as a PDF (needs Chromium or C
 	@$(CHROMIUM) --headless --no-sandbox --no-pdf-header-footer --print-to-pdf=$(OUT)/report.pdf $(abspath $<) 2>/dev/null \
 	  && echo "$(OUT)/report.pdf" || { echo "$(CHROMIUM): cannot print; install Chromium, or name it with CHROMIUM=..." >&2; exit 1; }
 
-samples: $(OUT)/samples.html ## a page of every answer: two configurations side by side, filters, stories
+samples: $(OUT)/samples.html ## the page of every answer alone: two configurations side by side, filters, stories
 
 $(OUT)/samples.html: $(RESULT_FILES) $(ANALYSIS) $(wildcard notebooks/template/*) | $(ENV)
 	@$(PY) -m helpers.analysis.samples $(OUT)
@@ -201,7 +201,7 @@ lint: $(ENV) ## check code and notebooks
 	$(PY) tests/check_notebooks.py
 
 readme: $(ENV) ## render what README.md says was found, from the committed runs
-	@$(PY) -m helpers.analysis.report
+	@$(PY) -m helpers.analysis.readme
 
 bench-pipeline: $(ENV) ## time make run-all and make test, with peak memory, into executed/reference/
 	$(PY) tests/bench_pipeline.py

@@ -1,11 +1,10 @@
-"""Statistics that go by order: quantiles and rank correlation of clustered values, with the intervals of
-helpers.statistics.
+"""Quantiles of clustered values, with an interval.
 
-    >>> import numpy as np
-    >>> values, clusters = np.arange(400) % 100, np.arange(400) % 37
-    >>> (row,) = quantiles(values, clusters, [0.9], confidence=0.95, resamples=2_000, seed=1)
-    >>> row["quantile"], row["ci_low"] <= 89 <= row["ci_high"]
-    (89.0, True)
+>>> import numpy as np
+>>> values, clusters = np.arange(400) % 100, np.arange(400) % 37
+>>> (row,) = quantiles(values, clusters, [0.9], confidence=0.95, resamples=2_000, seed=1)
+>>> row["quantile"], row["ci_low"] <= 89 <= row["ci_high"]
+(89.0, True)
 """
 
 import numpy as np
@@ -14,7 +13,6 @@ from scipy import stats
 from helpers import statistics
 
 MIN_BEYOND = 40  # values beyond a quantile; with fewer, the interval covers 92% instead of 95% (bench_statistics)
-RANKED_AT_A_TIME = 64  # resamples, so that 8,000 questions stay in a processor's cache
 
 
 def quantiles(
@@ -61,59 +59,3 @@ def _share_limits(sums, sizes, share: float, concentration: float, confidence: f
     n = shorter**2 / concentration / max(1.0, (clustered / independent) ** 2)
     tail = (1 - confidence) / 2
     return stats.beta.ppf(tail, share * n, n - share * n + 1), stats.beta.isf(tail, share * n + 1, n - share * n)
-
-
-def _ranking(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Order that sorts the values (n,), where each run of equal values starts in it, and each value's run (n,)."""
-    order = np.argsort(values, kind="stable")
-    new = np.r_[True, np.diff(values[order]) > 0]
-    run = np.empty(len(values), dtype=int)
-    run[order] = np.cumsum(new) - 1
-    return order, np.flatnonzero(new), run
-
-
-def _centred_midranks(ranking, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mid-ranks minus their mean (n, R), and their sum of squares (R,), in resamples that hold question i counts[i, r]
-    times."""
-    order, starts, run = ranking
-    runs = np.add.reduceat(counts[order], starts, axis=0)
-    middle = np.cumsum(runs, axis=0) - runs / 2 - counts.sum(axis=0) / 2
-    return middle[run], (runs * middle**2).sum(axis=0)
-
-
-def _spearman(ranking_x, ranking_y, counts: np.ndarray) -> np.ndarray:
-    """Spearman's rho (R,) of the resamples; nan where x or y does not vary."""
-    x, xx = _centred_midranks(ranking_x, counts)
-    y, yy = _centred_midranks(ranking_y, counts)
-    varies = (xx > 1e-9) & (yy > 1e-9)
-    return np.where(varies, np.einsum("nr,nr,nr->r", counts, x, y) / np.sqrt(np.where(varies, xx * yy, 1)), np.nan)
-
-
-def correlation(x, y, clusters, *, confidence: float, resamples: int, seed: int) -> dict:
-    """Spearman's rank correlation with a cluster-bootstrap interval, ties at mid-ranks in every resample.
-
-    Returns n_questions, n_dialogues, rho, ci_low, ci_high, undefined_resamples (in which x or y did not vary; left
-    out), reason.
-    """
-    x = statistics.number_array(x, "x")
-    y = statistics.number_array(y, "y", x.size)
-    index, groups = statistics.dialogue_index(clusters, x.size)
-    row = {"n_questions": x.size, "n_dialogues": groups, "rho": None, "ci_low": None, "ci_high": None}
-    row["undefined_resamples"] = 0
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        constant = "x" if np.ptp(x) == 0 else "y"
-        return row | {"reason": f"no correlation: {constant} is the same for all {x.size} questions"}
-    rankings = _ranking(x), _ranking(y)
-    row["rho"] = float(_spearman(*rankings, np.ones((x.size, 1)))[0])
-    reason = statistics.why_no_interval(groups, groups, "")
-    if reason:
-        return row | {"reason": reason}
-    counts = statistics.resample_counts(groups, resamples, seed).T
-    parts = range(0, resamples, RANKED_AT_A_TIME)
-    drawn = np.concatenate([_spearman(*rankings, counts[:, i : i + RANKED_AT_A_TIME][index]) for i in parts])
-    defined = drawn[np.isfinite(drawn)]
-    missing = row["undefined_resamples"] = int(resamples - defined.size)
-    if defined.size < 0.95 * resamples:
-        return row | {"reason": f"no interval: x or y does not vary in {missing} of {resamples} resamples"}
-    row["ci_low"], row["ci_high"] = np.quantile(defined, statistics.tails(groups, confidence)).tolist()
-    return row | {"reason": None}

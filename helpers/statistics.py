@@ -15,7 +15,7 @@ its caller (params.Statistics) as keyword arguments.
     p_adjusted  the same, adjusted over a family by the maximum statistic (`max_t`), with simultaneous intervals
                 adjusted_low, adjusted_high
     equal       confidence interval of level 2 * confidence - 1, the one that two one-sided tests of equality use
-                (Schuirmann 1987)
+                (Schuirmann 1987); simultaneous in a family, so that equality is adjusted as well
 
 Two rules give verdicts, everywhere: `differs` and `equivalent`. tests/bench_statistics.py simulates what they promise.
 
@@ -73,7 +73,7 @@ def totals(columns: np.ndarray, clusters, weights=None) -> tuple[np.ndarray, np.
     return sums, np.bincount(index, w, minlength=groups)[:, None]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def resample_counts(groups: int, resamples: int, seed: int) -> np.ndarray:
     """How often each dialogue is in each resample (resamples, G). All comparisons share it."""
     rng = np.random.default_rng(seed)
@@ -82,7 +82,7 @@ def resample_counts(groups: int, resamples: int, seed: int) -> np.ndarray:
     return counts
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 def _signs(groups: int, resamples: int, seed: int) -> np.ndarray:
     """Signs of each dialogue's difference (2^G or resamples, G): every pattern where that is no more than
     `resamples`."""
@@ -154,31 +154,40 @@ def max_t(sums: np.ndarray, sizes: np.ndarray, *, confidence: float, resamples: 
     p_adjusted is the larger p of the two, and the critical value the larger one. The interval is every d
     with z(d) <= critical, a quadratic in d: it excludes 0 exactly if p_adjusted < 1 - confidence.
 
-    Returns p_adjusted, adjusted_low, adjusted_high (k,) (limits are infinite where dialogues are too few or too
-    unequal), and level: the two-sided level of a single t test that is as strict.
+    Returns p_adjusted, adjusted_low, adjusted_high, equal_low, equal_high (k,) (limits are infinite where dialogues are
+    too few or too unequal), and level: the two-sided level of a single t test that is as strict.
     """
-    groups = len(sums)
-    signs = _signs(groups, resamples, seed)
+    groups, signs = len(sums), _signs(len(sums), resamples, seed)
     observed = np.abs(_unit(sums).sum(axis=0))
     residuals = sums - sums.sum(axis=0) / sizes.sum() * sizes
-    drawn = [np.abs(signs @ _unit(columns)).max(axis=1) for columns in (sums, residuals)]
-    p = np.maximum(*(_share_as_extreme(d, groups, observed) for d in drawn))
-    extra = 0 if len(signs) == 2**groups else 1
-    # the fewest drawn maxima at least as extreme for which p is no less than 1 - confidence, in the same arithmetic
-    rank = max(0, math.floor((1 - confidence) * len(signs)) - 2)
-    while (extra + rank) / (extra + len(signs)) < 1 - confidence:
+    drawn = [np.sort(np.abs(signs @ _unit(columns)).max(axis=1)) for columns in (sums, residuals)]
+    found = {"p_adjusted": np.maximum(*(_share_as_extreme(d, groups, observed) for d in drawn))}
+    criticals = [max(_critical(d, groups, c) for d in drawn) for c in (confidence, 2 * confidence - 1)]
+    for name, critical in zip(("adjusted", "equal"), criticals):
+        found[f"{name}_low"], found[f"{name}_high"] = _inverted(sums, sizes, critical)
+    c2 = criticals[0] ** 2
+    t = math.sqrt(c2 * (groups - 1) / (groups - c2)) if c2 < groups else math.inf
+    return found | {"level": float(2 * stats.t.sf(t, groups - 1))}
+
+
+def _critical(drawn: np.ndarray, groups: int, confidence: float) -> float:
+    """The sorted maximum (B,) at the fewest at least as extreme for which p is no less than 1 - confidence."""
+    extra = 0 if len(drawn) == 2**groups else 1
+    rank = max(0, math.floor((1 - confidence) * len(drawn)) - 2)
+    while (extra + rank) / (extra + len(drawn)) < 1 - confidence:
         rank += 1
-    critical = max(np.sort(d)[-rank] for d in drawn) * (1 + SLACK) if rank >= 1 else math.inf
+    return drawn[-rank] * (1 + SLACK) if rank else math.inf
+
+
+def _inverted(sums: np.ndarray, sizes: np.ndarray, critical: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ends (k,) of the differences whose statistic is no more than `critical`."""
     c2, total, n = critical**2, sums.sum(axis=0), sizes.sum()
     a = n**2 - c2 * (sizes**2).sum()
-    if not np.isfinite(a) or a <= 0 or c2 >= groups:
-        unbounded = np.full(len(total), math.inf)
-        return {"p_adjusted": p, "adjusted_low": -unbounded, "adjusted_high": unbounded, "level": 0.0}
+    if not np.isfinite(a) or a <= 0 or c2 >= len(sums):
+        return np.full(len(total), -math.inf), np.full(len(total), math.inf)
     b = total * n - c2 * (sums * sizes).sum(axis=0)
     root = np.sqrt(np.maximum(0, b**2 - a * (total**2 - c2 * (sums**2).sum(axis=0))))
-    t = critical * math.sqrt((groups - 1) / (groups - c2))
-    level = float(2 * stats.t.sf(t, groups - 1))
-    return {"p_adjusted": p, "adjusted_low": (b - root) / a, "adjusted_high": (b + root) / a, "level": level}
+    return (b - root) / a, (b + root) / a
 
 
 def why_no_interval(groups: int, nonzero: int, what: str) -> str | None:
@@ -208,39 +217,30 @@ def compare(
     groups, enough = len(sums), len(sums) >= MIN_DIALOGUES
     options = {"resamples": resamples, "seed": seed}
     if enough:
-        ratios = (resample_counts(groups, **options) @ sums) / (resample_counts(groups, **options) @ sizes)
-        ci, equal = (np.quantile(ratios, tails(groups, c), axis=0) for c in (confidence, 2 * confidence - 1))
-        p, errors = sign_flip_p(sums, **options), standard_error(sums, sizes)
-        joint = max_t(sums, sizes, confidence=confidence, **options) if family else {"level": 1 - confidence}
+        counts = resample_counts(groups, **options)
+        own = {"standard_error": standard_error(sums, sizes)}
+        for name, level in (("ci", confidence), ("equal", 2 * confidence - 1)):
+            own[f"{name}_low"], own[f"{name}_high"] = bootstrap_limits(sums, sizes, counts, level)
+        p, level = sign_flip_p(sums, **options), 1 - confidence
+        if family:
+            own |= max_t(sums, sizes, confidence=confidence, **options)
+            level = own.pop("level")
     rows = []
     for k, (a, b) in enumerate(pairs):
         reason = why_no_interval(groups, np.count_nonzero(sums[:, k]), "differ")
-        known = {} if reason else {
-            "standard_error": errors[k], "ci_low": ci[0, k], "ci_high": ci[1, k], "equal_low": equal[0, k],
-            "equal_high": equal[1, k],
-            **{key: joint[key][k] for key in ("p_adjusted", "adjusted_low", "adjusted_high") if family},
-        }  # fmt: skip
         rows.append(
             {"a": a, "b": b, "n_questions": n, "n_dialogues": groups}
             | {f"mean_{side}": float(np.average(arrays[x], weights=weights)) for side, x in (("a", a), ("b", b))}
             | {"difference": float(sums[:, k].sum() / sizes.sum())}
-            | {key: float(known[key]) if key in known else None for key in LIMITS}
-            | {"p": float(p[k]) if enough else None, "level": joint["level"] if enough else None}
+            | dict.fromkeys(LIMITS.split())
+            | ({} if reason else {key: float(values[k]) for key, values in own.items()})
+            | {"p": float(p[k]) if enough else None, "level": level if enough else None}
             | {"confidence": confidence, "family": "primary" if family else "exploratory", "reason": reason}
         )
     return rows
 
 
-LIMITS = (
-    "standard_error",
-    "ci_low",
-    "ci_high",
-    "equal_low",
-    "equal_high",
-    "p_adjusted",
-    "adjusted_low",
-    "adjusted_high",
-)
+LIMITS = "standard_error ci_low ci_high equal_low equal_high p_adjusted adjusted_low adjusted_high"
 
 
 def paired(values_a, values_b, clusters, weights=None, *, confidence: float, resamples: int, seed: int) -> dict:

@@ -82,7 +82,7 @@ def rendered(tmp_path_factory):
             shutil.copy2(ROOT / name, root / name)
     shutil.copytree(ROOT / REFERENCE, root / REFERENCE)
     (root / REFERENCE / "report.html").unlink(missing_ok=True)
-    command = ["make", "report-pdf", "samples", "llm-comparator", f"PYTHON={sys.executable}", f"RESULTS={REFERENCE}"]
+    command = ["make", "report", "report-pdf", "llm-comparator", f"PYTHON={sys.executable}", f"RESULTS={REFERENCE}"]
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -105,6 +105,22 @@ def test_report_fits_every_width_and_theme(rendered, visit, width, scheme):
 @pytest.mark.parametrize("width, scheme", [(390, "dark"), (1280, "light")])
 def test_report_has_no_serious_accessibility_finding(rendered, visit, width, scheme):
     assert serious(visit(rendered / "report.html", width, scheme)) == []
+
+
+def test_first_screen_says_whether_to_use_nf4(rendered, visit):
+    answer = visit(rendered / "report.html").get_by_text("Should I use NF4?")
+    box = answer.bounding_box()
+    assert box["y"] + box["height"] < 800 and "It keeps" in answer.inner_text() and "file size" in answer.inner_text()
+
+
+def test_flips_and_scores_lead_to_their_answers(rendered, visit):
+    page = visit(rendered / "report.html")
+    cell = page.get_by_role("row").filter(has_text="Right to wrong (%)").locator("xpath=../..")
+    links = cell.locator("a[href*='b=nf4'][href*='flip=lost']")
+    assert page.locator("a[href='samples.html#a=fp16&b=fp4']").count() == 2  # its F1, its exact match
+    links.first.click()
+    page.wait_for_url("**/samples.html#*")
+    assert page.locator(".row").count() > 5 and page.locator("#count").inner_text().split()[2] == "597"
 
 
 def test_report_is_one_small_file_and_prints(rendered):

@@ -6,7 +6,7 @@ import pytest
 
 from helpers import StudyError, params, statistics
 from helpers.analysis import accuracy_claims, claims, durations, hardware_claims
-from helpers.analysis.evidence import BATCH, BUDGET, FAILS, HOLDS, LENGTH, MODE, OPEN
+from helpers.analysis.evidence import BATCH, BUDGET, COUNTED, FAILS, HOLDS, LENGTH, MODE, OPEN
 from helpers.analysis.frames import Frames
 
 PAPER = params.read_paper()
@@ -161,6 +161,7 @@ FLIPS = [
     ("nf4_beats_full", gains(0.01, -0.04), FAILS),
     ("nf4_beats_full", gains(0.25, -0.04), FAILS),
     ("nf4_beats_full", gains(0.0, -0.04), FAILS),  # equal within the margin
+    ("nf4_beats_full", gains(0.065, -0.04), OPEN),  # better, but is it by about five points?
     ("nf4_beats_full", gains(0.051, -0.04, noise=0.6, dialogues=60), OPEN),
     ("nf4_beats_full", gains(0.051, -0.038, every={"fp16": 0, "nf4": -0.05, "fp4": -0.1}), HOLDS),  # last turns decide
     ("nf4_matches_full", gains(-0.05, -0.1), FAILS),
@@ -173,6 +174,8 @@ FLIPS = [
     ("fp4_below_full", gains(0.051, -0.002), FAILS),  # equal
     ("fp4_below_full", gains(0.051, -0.02, noise=0.6, dialogues=60), OPEN),
     ("nf4_pareto", gains(-0.05, -0.1), FAILS),
+    ("nf4_pareto", gains(-0.05, -0.1) | {"sizes": {}}, FAILS),  # a higher F1 decides without the memory
+    ("nf4_pareto", gains(0.051, -0.1) | {"sizes": {}}, OPEN),
     ("nf4_pareto", gains(0.0, -0.1), OPEN),
     ("nf4_pareto", nf4_size(965.13, 1200.0), FAILS),
     ("fifty_give_direction", gains(0.001, -0.04, noise=0.2), FAILS),
@@ -181,7 +184,9 @@ FLIPS = [
     ("equal_size", nf4_size(965.13, 980.0), FAILS),
     ("equal_size", nf4_size(965.13, 966.2) | {"tensors": {"nf4": 965.2}}, HOLDS),  # the allocator's rounding
     ("size_reduction", nf4_size(1100.0, 1100.0), FAILS),
-    ("size_reduction", nf4_size(965.13, 1100.0), FAILS),
+    ("size_reduction", nf4_size(965.13, 1100.0), COUNTED),  # reported 59% smaller, allocated 53%
+    ("size_reduction", nf4_size(958.0, 958.0), HOLDS),  # 59.4% is 59 to the per cent
+    ("size_reduction", nf4_size(950.0, 950.0), FAILS),
     ("footprint_is_memory", nf4_size(965.13, 981.08), FAILS),
     ("prefill_slower", {"prefill": {"eager": {128: (12.0, 8.0), 512: (45.0, 30.0)}}}, FAILS),
     ("prefill_slower", {"prefill": {"eager": {128: (12.0, 8.0), 512: (45.0, 60.0)}}}, LENGTH),
@@ -237,6 +242,7 @@ def test_a_change_flips_the_verdict(name, change, expected):
 
 def test_every_claim_can_fail():
     assert {name for name, _, expected in FLIPS if expected in (FAILS, MODE)} == set(claims.CLAIMS)
+    assert len(claims.CLAIMS) == len(PAPER["claims"]) == 20
 
 
 def test_nothing_measured_decides_nothing_and_says_so():
@@ -268,7 +274,8 @@ def test_last_and_all_turns_are_both_told_and_where_they_disagree():
 def test_another_model_is_compared_in_recovery_and_counted_apart():
     """Half the paper's level: two and a half points are the paper's eight per cent."""
     rows = judged(spec() | gains(0.04, -0.03) | {"study": "smollm2-135m"})
-    assert "108%" in rows.evidence["nf4_beats_full"] and rows["size"]["nf4_beats_full"] == HOLDS
+    assert "% of FP16's F1, the paper's 108 [" in rows.evidence["nf4_beats_full"]
+    assert rows["size"]["nf4_beats_full"] == HOLDS
     assert rows.kind["nf4_beats_full"] == "tested on another model and data"
     assert "not CoQA" in rows.scope["nf4_beats_full"] and "quantized before" in rows.scope["nf4_is_optimal"]
 

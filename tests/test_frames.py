@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import ROOT, StudyError, params, results
-from helpers.analysis import contrasts, durations, frames, sentences, style
+from helpers import ROOT, StudyError, params, results, schema_fidelity
+from helpers.analysis import contrasts, durations, frames, sentences, style, tables
 
 REFERENCE = "executed/reference/h200/smollm2-135m"
 HARDWARE = "executed/reference/h200/llama-3.2-1b-random"
@@ -110,13 +110,8 @@ def test_a_label_says_what_was_computed(reference):
 def test_a_hardware_study_has_empty_tables_and_no_error():
     f = frames.load(HARDWARE)
     rows = contrasts.table(f)
-    assert (
-        rows.empty
-        and contrasts.means(f).empty
-        and contrasts.flips(f).empty
-        and contrasts.designs(f, params.read_paper()) == []
-    )
-    assert not f.ratios().empty and contrasts.glance(f, rows, f.ratios()).decode.notna().any()
+    assert rows.empty and contrasts.means(f, "f1").empty and contrasts.designs(f, params.read_paper()) == []
+    assert not f.ratios().empty and contrasts.measured_size(f) == "allocated"
     assert sentences.abstract(f, rows, rows, f.ratios(), {"study": "x", "model": "y"})
 
 
@@ -174,14 +169,35 @@ def test_the_opposite_finding_gives_the_opposite_sentences(reference, all_turns,
     )
     paper = {"study": "x", "model": "y", "questions": 50, "configurations": {}}
     said = " ".join(sentences.abstract(f, rows, contrasts.table(f, last_turns=True), f.ratios(), paper))
-    assert "NF4 scores above FP16" in said and "NF4 scores below" not in said
-    assert any("gains accuracy" in text for text in sentences.recommendation(f, rows))
+    assert "Should I use NF4? Yes: it even scores higher" in said and "FP4 scores below NF4" in said
+    paper["questions"], said = 50, " ".join(sentences.abstract(reference, all_turns, all_turns, f.ratios(), paper))
+    assert "Should I use NF4? Not where accuracy counts" in said and "It keeps 74%" in said
 
 
 def test_neighbours_in_perplexity_are_separated_only_where_the_pairs_say_so(reference):
     rows = contrasts.perplexities(reference)
-    assert not rows.set_index(["better", "worse"]).separated["gptq", "awq"] and rows.separated.any()
-    assert any("GPTQ and AWQ" in text for text in sentences.perplexities(reference, rows))
+    assert rows.set_index(["a", "b"]).verdict["gptq", "awq"] == "n too small to say" and (rows.verdict == "above").any()
+    ln = reference.tokens[reference.tokens.group == "all"].set_index("configuration").ln_ratio
+    steps = dict(zip(rows.b, rows.difference.cumsum()))  # each against full precision in its own dtype
+    assert steps == pytest.approx({name: ln[name] for name in steps}, abs=1e-3)
+
+
+def test_a_text_of_ones_own_is_a_table():
+    values = {"file": "mine.txt", "window": 512, "windows": 10, "windows_in_file": 40, "kl": 0.2, "tokens": 2560}
+    values |= {"full": 20.0, "quantized": 22.0, "ratio": 1.1, "ln_ratio": 0.095, "ci_low": 0.08, "ci_high": 0.11}
+    read = schema_fidelity.FilePerplexity(**values, p=None, reason=None).model_dump()
+    found = tables.texts({"nf4": {"text": read}, "fp4": {"text": {"reason": "too short"}}, "fp16": {"text": None}})
+    nf4, fp4 = found.to_dict("records")
+    assert (nf4["file"], nf4["ppl_full"], nf4["ln_low"], nf4["kl"]) == ("mine.txt", 20.0, 0.08, 0.2)
+    assert fp4["configuration"] == "fp4" and fp4["reason"] == "too short"
+
+
+def test_caveats_name_what_is_missing_and_what_is_quantized_in_part(reference):
+    said = " ".join(sentences.caveats(reference, params.read_paper()))
+    assert "empty below: memory and times." in said and "quantized only" not in said
+    partly = reference.configurations.assign(quantized_share=0.5)
+    said = sentences.caveats(reference._replace(configurations=partly), params.read_paper())
+    assert "NF4 quantized only 50.0% of the linear weights." in said
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,18 @@ def test_an_exploratory_row_is_not_adjusted_and_detects_less_strictly():
         assert power.detectable(strict) > power.detectable(loose) and strict["ci_low"] == loose["ci_low"]
 
 
+def test_equality_is_adjusted_over_its_family():
+    """One of eight is equal on its own; with the level shared by all eight its interval leaves the margin."""
+    columns, clusters, pairs = family(groups=40, effects=(0.02,) * 7)
+    primary, alone = (statistics.compare(columns, clusters, pairs, joint, **OPTIONS) for joint in (True, False))
+    for strict, loose in zip(primary, alone):
+        assert strict["equal_low"] < loose["equal_low"] < loose["equal_high"] < strict["equal_high"]
+        assert strict["adjusted_low"] < strict["equal_low"] and strict["equal_high"] < strict["adjusted_high"]
+    strict, loose = primary[0], alone[0]
+    margin = (abs(strict["equal_low"]) + abs(loose["equal_low"])) / 2
+    assert statistics.equivalent(loose, margin) and not statistics.equivalent(strict, margin)
+
+
 # ---- rules ----
 
 RULES = [
@@ -203,7 +215,7 @@ def test_nine_dialogues_give_no_interval_but_the_reason():
     assert found["ci_low"] is found["p"] is power.detectable(found) is None
     assert found["reason"] == "no interval: 9 dialogues are fewer than 10"
     assert power.needed(found)["n_dialogues"] is None and "estimate" in power.needed(found)["reason"]
-    others = statistics.interval(a, clusters, **OPTIONS), ranks.correlation(a, b, clusters, **OPTIONS)
+    others = (statistics.interval(a, clusters, **OPTIONS),)
     others += recovery.recovery(a, b, clusters, **OPTIONS), ranks.quantiles(a, clusters, [0.5], **OPTIONS)[0]
     assert all(other["reason"] and other["ci_low"] is None for other in others)
 
@@ -322,7 +334,7 @@ def test_pooled_against_paule_and_mandel_by_hand():
     assert alike["tau"] == alike["i2"] == 0 and alike["ci_low"] < 0.1 < alike["ci_high"]
 
 
-# ---- order: quantiles and correlation ----
+# ---- quantiles ----
 
 
 def test_quantiles_of_independent_values_against_the_binomial_interval():
@@ -338,27 +350,6 @@ def test_quantiles_of_independent_values_against_the_binomial_interval():
 def test_a_quantile_that_few_dialogues_reach_beyond_has_no_interval():
     (found,) = ranks.quantiles(np.arange(200), np.repeat(np.arange(20), 10), [0.9], **OPTIONS)
     assert found["ci_low"] is None and "2 of 20 dialogues reach beyond the quantile 0.9" in found["reason"]
-
-
-def test_correlation_is_scipys_with_ties_in_every_resample():
-    rng = np.random.default_rng(12)
-    clusters, x = np.repeat(np.arange(15), 6), np.round(rng.gamma(0.5, size=90), 1)
-    y = np.round(x + rng.normal(0, 1, 90), 1)
-    found = ranks.correlation(x, y, clusters, confidence=0.95, resamples=200, seed=3)
-    assert found["rho"] == pytest.approx(stats.spearmanr(x, y).statistic)
-    counted = statistics.resample_counts(15, 200, 3).astype(int)
-    index = [np.repeat(np.arange(90), counts[clusters]) for counts in counted]
-    tail = stats.norm.cdf(-np.sqrt(15 / 14) * stats.t.ppf(0.975, 14))
-    theirs = np.quantile([stats.spearmanr(x[i], y[i]).statistic for i in index], [tail, 1 - tail])
-    assert [found["ci_low"], found["ci_high"]] == pytest.approx(theirs)
-
-
-def test_correlation_without_variation_has_a_reason():
-    clusters = np.repeat(np.arange(20), 2)
-    found = ranks.correlation(np.zeros(40), np.arange(40), clusters, **OPTIONS)
-    assert found["rho"] is None and "x is the same for all 40 questions" in found["reason"]
-    rare = ranks.correlation(np.arange(40) == 3, np.arange(40), clusters, **OPTIONS)
-    assert rare["rho"] is not None and rare["ci_low"] is None and rare["undefined_resamples"] > 100
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not():

@@ -14,34 +14,12 @@ from helpers.analysis import accuracy_claims, contrasts, evidence, hardware_clai
 from helpers.analysis.evidence import FAILS, HOLDS, OPEN, Facts, NotMeasured, Verdict
 from helpers.analysis.frames import Frames
 
-FILES = (accuracy_claims, hardware_claims, weight_claims)
-CLAIMS = (
-    "nf4_beats_full",
-    "nf4_matches_full",
-    "fp4_below_nf4",
-    "fp4_below_full",
-    "nf4_pareto",
-    "fifty_give_direction",
-    "equal_size",
-    "size_reduction",
-    "footprint_is_memory",
-    "prefill_slower",
-    "decode_slower",
-    "throughput_lower",
-    "dequantization_is_the_cause",
-    "batch_recovers",
-    "fp4_is_uniform",
-    "nf4_is_optimal",
-    "weights_are_normal",
-    "noise_helps",
-    "int8_cannot_run",
-    "int8_is_fp8",
-)
-
-
-def rule(name: str):
-    """The function that decides a claim."""
-    return next(getattr(file, name) for file in FILES if hasattr(file, name))
+CLAIMS = {
+    name: rule
+    for file in (accuracy_claims, hardware_claims, weight_claims)
+    for name, rule in vars(file).items()
+    if getattr(rule, "__module__", None) == file.__name__ and not name.startswith("_")
+}
 
 
 def kind(facts: Facts, about: str, verdict: str, measured: bool) -> str:
@@ -66,12 +44,12 @@ def scope(facts: Facts, about: str) -> str | None:
         parts.append(f"{f.study.model.name}, not the paper's {paper['model']}")
     if about != "hardware" and f.study.model.already_quantized:
         parts.append(f"full precision was quantized before ({f.study.model.already_quantized})")
-    if about == "accuracy" and f.study.data and len(f.samples):
-        sources = dict.fromkeys(source.source for source in f.study.sources)
-        names = ["dialogues of this project, not CoQA" if name == "embedded" else name for name in sources]
-        parts.append(f"last turns of {', '.join(names)}")
+    if about == "accuracy":
+        sets = ["this project's dialogues" if name == "embedded" else name for name in f.samples.data_set.unique()]
+        other = "" if any("coqa" in name.lower() for name in sets) else ", not CoQA"
+        parts.append(f"last turns of {', '.join(sets)}{other}")
     if about == "hardware":
-        cards = f.runs[f.runs.kind == "benchmark"].gpu.dropna().unique() if len(f.runs) else []
+        cards = f.runs[f.runs.kind == "benchmark"].gpu.dropna().unique()
         parts.append(f"measured on {', '.join(cards) or 'a CPU'}; the paper used an {paper['device']}")
     return "; ".join(parts) or None
 
@@ -91,28 +69,24 @@ def reported_numbers(paper: dict) -> dict[str, float]:
 
 
 def judge(f: Frames, paper: dict | None = None, designs: list[dict] | None = None) -> pd.DataFrame:
-    """A row for each claim, in the paper's order. Raises StudyError if paper.yaml and this file name other claims."""
-    paper = params.read_paper() if paper is None else paper
-    named = [entry["id"] for entry in paper["claims"]]
-    if sorted(named) != sorted(CLAIMS):
-        odd = ", ".join(sorted(set(named) ^ set(CLAIMS))) or "an id twice"
-        raise StudyError(
-            f"paper.yaml and helpers/analysis/claims.py differ in {odd}; give each claim one entry and one function"
-        )
-    return judged(evidence.facts(f, paper, designs))
+    """A row for each claim, in the paper's order. Raises StudyError if paper.yaml and the functions name other
+    claims."""
+    return judged(evidence.facts(f, params.read_paper() if paper is None else paper, designs))
 
 
 def judged(facts: Facts) -> pd.DataFrame:
+    named = [entry["id"] for entry in facts.paper["claims"]]
+    if sorted(named) != sorted(CLAIMS):
+        odd = ", ".join(sorted(set(named) ^ set(CLAIMS))) or "an id twice"
+        raise StudyError(f"paper.yaml and helpers/analysis differ in {odd}; give each claim one entry and one function")
     numbers, rows = reported_numbers(facts.paper), []
     for entry in facts.paper["claims"]:
         try:
-            found, measured = rule(entry["id"])(facts), True
+            found, measured = CLAIMS[entry["id"]](facts), True
         except NotMeasured as missing:
             found, measured = Verdict(OPEN, str(missing)), False
-        rows.append(
-            {key: entry[key] for key in ("id", "section", "about", "claim")}
-            | {"reported": entry["reported"].format(**numbers)}
-            | found._asdict()
-            | {"kind": kind(facts, entry["about"], found.verdict, measured), "scope": scope(facts, entry["about"])}
-        )
+        row = {key: entry[key] for key in ("id", "section", "about", "claim")} | found._asdict()
+        row |= {"reported": entry["reported"].format(**numbers).replace("-", "\N{MINUS SIGN}")}
+        row |= {"kind": kind(facts, entry["about"], found.verdict, measured)}
+        rows.append(row | {"scope": scope(facts, entry["about"]) if measured else None})
     return pd.DataFrame(rows)

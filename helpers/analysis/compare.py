@@ -15,13 +15,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from helpers import EXECUTED, StudyError, results, statistics
+from helpers import EXECUTED, StudyError, results
 from helpers.analysis import contrasts, frames, plots, recovery, samples, sentences, style
-from helpers.analysis.frames import Frames
+from helpers.analysis.frames import MODES, Frames
 
 POINTS = {"f1": "F1 points", "em": "exact match, points"}
 PERPLEXITY = "ln perplexity ratio"
 FULL = "full precision"
+KEPT = "verdict standard_error difference low high"
 
 
 def load(names: list[str]) -> dict[str, Frames]:
@@ -35,60 +36,29 @@ def differences(studies: dict[str, Frames]) -> pd.DataFrame:
     """A row per study, measure and contrast named in advance: study, measure, a, b (labels; a may be "full
     precision"), name (of b), difference, low, high, standard_error, verdict, dialogues. Points of 100; perplexity in
     nats per token. Rows without an interval are left out."""
-    rows = []
+    found = []
     for study, f in studies.items():
-        found = [(POINTS[m], 100, contrasts.table(f, m)) for m in POINTS if len(f.samples)]
-        for measure, scale, table in [*found, (PERPLEXITY, 1, perplexities(f))]:
-            for row in table.to_dict("records"):
-                if not row["primary"] or pd.notna(row["reason"]):  # pandas keeps None in a column of text as NaN
-                    continue
-                numbers = {key: scale * row[key] for key in ("difference", "low", "high", "standard_error")}
-                sides = {
-                    "a": FULL if row["a"] == f.full else f.label(row["a"]),
-                    "b": f.label(row["b"]),
-                    "name": row["b"],
-                }
-                more = {"verdict": row["verdict"], "dialogues": row["n_dialogues"]}
-                rows.append({"study": study, "measure": measure} | sides | numbers | more)
-    columns = [
-        "study",
-        "measure",
-        "a",
-        "b",
-        "name",
-        "difference",
-        "low",
-        "high",
-        "standard_error",
-        "verdict",
-        "dialogues",
-    ]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def perplexities(f: Frames) -> pd.DataFrame:
-    """Rows like contrasts.table's, of the logarithm of the perplexity ratio; each interval stands alone."""
-    rows = []
-    if len(f.dialogues):
-        keys = ["data_set", "dialogue"]
-        nll = f.dialogues.pivot(index=keys, columns="configuration", values="nll").dropna(axis=1)
-        nll = nll[[name for name in f.configurations.index if name in nll]]
-        tokens = f.dialogues.groupby(keys).tokens.first().loc[nll.index]
-        for a, b in contrasts.primary_pairs(f, list(nll)):
-            row = statistics.log_ppl_ratio(nll[a], nll[b], tokens, contrasts.clusters(nll), **contrasts.options(f))
-            verdict = statistics.differs(row) or "n too small to say"
-            rows.append(row | {"a": a, "b": b, "low": row["ci_low"], "high": row["ci_high"], "verdict": verdict})
-    return pd.DataFrame(rows).assign(primary=True)
+        tables = [(POINTS[metric], 100, contrasts.table(f, metric)) for metric in POINTS if len(f.samples)]
+        pairs = contrasts.primary_pairs(f, list(f.dialogues.configuration.unique()))
+        for measure, scale, rows in [*tables, (PERPLEXITY, 1, contrasts.perplexities(f, pairs))]:
+            for row in rows[rows.primary & rows.reason.isna()].to_dict("records") if len(rows) else []:
+                sides = {"a": FULL if row["a"] == f.full else f.label(row["a"]), "b": f.label(row["b"])}
+                where = {"study": study, "measure": measure, "name": row["b"], "dialogues": row["n_dialogues"]}
+                numbers = {key: row[key] if key == "verdict" else scale * row[key] for key in KEPT.split()}
+                found.append(where | sides | numbers)
+    return pd.DataFrame(found, columns=["study", "measure", "name", "dialogues", "a", "b", *KEPT.split()])
 
 
 def survives(rows: pd.DataFrame, mean: dict, unit: str) -> str:
     """One sentence: does the difference hold in every study, and over them?"""
     b, a = rows.b.iloc[0], rows.a.iloc[0]
     sides = {side: list(rows.study[rows.verdict == side]) for side in ("below", "above")}
-    digits = 1 if "points" in unit else 3
-    over = f"{style.number(mean['mean'], digits, True)} "
-    over += style.interval(mean["ci_low"], mean["ci_high"], lambda v: style.number(v, digits, True))
-    over = f"mean over studies {over}, I2 {style.number(mean['i2'], 0)}%"
+
+    def form(value):
+        return style.number(value, 1 if "points" in unit else 3, True)
+
+    over = f"mean over studies {form(mean['mean'])} {style.interval(mean['ci_low'], mean['ci_high'], form)}"
+    over += f", I2 {style.number(mean['i2'], 0)}%"
     pooled = "above" if mean["ci_low"] > 0 else "below" if mean["ci_high"] < 0 else None
     if all(sides.values()):
         found = "; ".join(f"{side} in {sentences.listed(names)}" for side, names in sides.items())
@@ -107,23 +77,17 @@ def survives(rows: pd.DataFrame, mean: dict, unit: str) -> str:
 
 def forest(rows: pd.DataFrame, mean: dict | None, unit: str) -> str:
     """The studies' differences and their mean, as the address of an SVG inside the page."""
-    last = len(rows)
-    salt = {"svg.hashsalt": f"{rows.a.iloc[0]}{rows.b.iloc[0]}{unit}"}
-    with matplotlib.rc_context(plots.STYLE | salt):
+    last, b, a = len(rows), rows.b.iloc[0], rows.a.iloc[0]
+    with matplotlib.rc_context(plots.STYLE | {"svg.hashsalt": f"{a}{b}{unit}"}):
         fig, axes = plt.subplots(figsize=(plots.WIDTH, 1.1 + 0.36 * (last + 1)), layout="constrained")
-        for y, row in enumerate(rows.itertuples()):
-            error = np.maximum(0, [[row.difference - row.low], [row.high - row.difference]])
-            hollow = {} if row.verdict in ("below", "above") else {"mfc": "white"}
-            axes.errorbar(row.difference, y, xerr=error, linestyle="none", **plots.look(row.name), **hollow)
-        labels = list(rows.study)
+        table = rows.assign(differs=rows.verdict.isin(["below", "above"])).set_index("name")
+        plots.forest(axes, table, "difference", "low", "high", 0)
         if mean:
             low, middle, high = mean["ci_low"], mean["mean"], mean["ci_high"]
             axes.fill([low, middle, high, middle], [last, last - 0.25, last, last + 0.25], color=plots.DARK)
-            labels.append("mean over studies")
-        axes.axvline(0, color=plots.LIGHT, linestyle="--", linewidth=1)
+        labels = [*rows.study, "mean over studies"] if mean else list(rows.study)
         axes.set_yticks(range(len(labels)), labels)
-        axes.set_ylim(len(labels) - 0.4, -0.6)
-        axes.set_xlabel(f"{rows.b.iloc[0]} minus {rows.a.iloc[0]}, {unit}")
+        axes.set(ylim=(len(labels) - 0.4, -0.6), xlabel=f"{b} minus {a}, {unit}")
         drawn = io.StringIO()
         fig.savefig(drawn, format="svg", metadata={"Date": None})
         plt.close(fig)
@@ -136,10 +100,9 @@ def contents(studies: dict[str, Frames]) -> list[dict]:
     parts = []
     for (name, a, unit), rows in differences(studies).groupby(["name", "a", "measure"], sort=False):
         part = {"title": f"{rows.b.iloc[0]} vs {a}: {unit}", "unit": unit, "name": name, "mean": None}
+        part["sentence"] = f"Only {rows.study.iloc[0]} has an interval for it: nothing to compare."
         usable = rows[rows.standard_error > 0]
-        if len(usable) < 2:
-            part["sentence"] = f"Only {rows.study.iloc[0]} has an interval for it: nothing to compare."
-        else:
+        if len(usable) > 1:
             confidence = min(f.study.statistics.confidence for f in studies.values())
             part["mean"] = recovery.pooled(usable.difference, usable.standard_error, confidence=confidence)
             part["sentence"] = survives(usable, part["mean"], unit)
@@ -150,37 +113,28 @@ def contents(studies: dict[str, Frames]) -> list[dict]:
 
 
 def hardware(studies: dict[str, Frames]) -> list[dict]:
-    """Memory and decode time (batch 1) of each format as a share of full precision's: study, device, format, memory,
-    decode, low, high, processes."""
+    """Memory and decode time (batch 1) of each format as a share of full precision's, as texts: study, device, format,
+    mode, memory, decode, range, processes."""
     rows = []
     for study, f in studies.items():
         ratios = f.ratios()
         mode = contrasts.fastest_mode(f, ratios)
-        decode = contrasts.at(ratios, "decode", batch=1, mode=mode)
         memory = f.sizes.allocated / f.sizes.allocated.get(f.full, np.nan)
-        for name in f.configurations.index[~f.configurations.full]:
-            row = {
-                "study": study,
-                "device": sentences.device(f),
-                "format": f.label(name),
-                "mode": plots.mode_name(mode),
-            }
-            row["memory"] = style.percent(memory.get(name))
-            known = decode.loc[name] if name in decode.index else {}
-            row["decode"] = style.times(known.get("ratio"))
-            row["range"] = style.interval(known.get("ratio_low"), known.get("ratio_high"), style.times)
-            rows.append(row | {"processes": style.number(known.get("processes"), 0)})
+        table = contrasts.at(ratios, "decode", batch=1, mode=mode).reindex(
+            f.configurations.index[~f.configurations.full]
+        )
+        for name, row in table.iterrows():
+            where = {"study": study, "device": sentences.device(f), "format": f.label(name), "mode": MODES[mode]}
+            where |= {"memory": style.percent(memory.get(name)), "decode": style.times(row.ratio)}
+            where["range"] = style.interval(row.ratio_low, row.ratio_high, style.times)
+            rows.append(where | {"processes": style.number(row.processes, 0)})
     return rows
 
 
 def page(studies: dict[str, Frames], parts: list[dict]) -> str:
     about = [
-        {
-            "study": name,
-            "title": f.study.title,
-            "device": sentences.device(f),
-            "n": sentences.counts(f) or "hardware only",
-        }
+        {"study": name, "title": f.study.title, "device": sentences.device(f)}
+        | {"n": sentences.counts(f) or "hardware only"}
         for name, f in studies.items()
     ]
     template = samples.environment().get_template("compare.html.j2")

@@ -10,7 +10,8 @@ from helpers.analysis.frames import Frames
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be decided"
 BATCH, BUDGET, MODE = "depends on the batch", "depends on the budget", "depends on the mode"
-LENGTH = "depends on the prompt length"
+LENGTH, COUNTED = "depends on the prompt length", "depends on what is counted"
+SAME_SIZE = 0.01  # share: less is the allocator's rounding
 
 
 class NotMeasured(Exception):
@@ -37,12 +38,17 @@ class Facts(NamedTuple):
 
 class Verdict(NamedTuple):
     verdict: str
-    evidence: str
+    evidence: str  # its parts separated by "; "
     direction: str | None = None
     size: str | None = None
     equality: str | None = None
     all_turns: str | None = None
     em: str | None = None
+
+
+def all_of(parts: list[str]) -> str:
+    """One that fails refutes the whole, one that is open leaves it open."""
+    return next((verdict for verdict in (FAILS, OPEN) if verdict in parts), HOLDS)
 
 
 def facts(f: Frames, paper: dict, designs: list[dict] | None = None) -> Facts:

@@ -23,7 +23,8 @@ times           configuration, process, phase (prefill, decode, first token), mo
                 batch, tokens (prompt or context), ms (median of one prefill, or per output token), q25, q75, n,
                 tokens_per_second, limit_ms, percent_of_limit, gb_per_second, build_seconds
 sizes           index: configuration. MiB: reported (get_memory_footprint), allocated, tensors, state (quantization
-                state), linear, checkpoint, peak_load, peak_prefill, peak_decode; kv_bytes (per token)
+                state), linear, checkpoint (the file; known without a benchmark), peak_load, peak_prefill, peak_decode;
+                kv_bytes (per token)
 largest         configuration, process, budget_gib, mode, batch (0: none fits), fails_at, tokens_per_second, reason
 energy          configuration, process, mode, batch, seconds, joules_per_token, watts
 profile         configuration, process, mode, batch, what, ms (per step), share, kernels, gb_per_second
@@ -31,6 +32,8 @@ agreement       configuration, process, mode, tokens, identical (greedy tokens e
 tokens          configuration, group (all, story, answers), tokens, ppl_full, ppl, ln_ratio, ln_low, ln_high, p, kl,
                 kl_low, kl_high, kl_median, kl_p99, kl_max, agreement, agreement_low, agreement_high (most likely
                 token equal to full precision's)
+texts           configuration, file (fidelity.text names it), windows, tokens, ppl_full, ppl, ln_ratio, ln_low, ln_high,
+                kl, reason
 confidence      configuration, low, high (full precision's largest probability), tokens, kl, agreement
 floor           kind (batch shape, or weight rounding), detail, kl, kl_median, kl_p99, kl_max, agreement, ln_ratio: full
                 precision vs itself, what no format can be told from
@@ -45,13 +48,15 @@ sensitivity     depth, format, relative_squared_error, ln_ratio, kl: one block o
 noise           kind (nf4, or what the noise was matched to), seed, relative_squared_error, ln_ratio, ln_low, ln_high,
                 f1, f1_low, f1_high (difference from full precision)
 hardware        configuration, process, device, gb_per_second (copy), tflops (matmul), dtype, warnings
+engine          index: configuration. questions, seconds, fallbacks, truncated; stock_ratio (seconds of stock lm-eval
+                over these), stock_identical (share of answers like its)
 runs            configuration, kind, process, status, reason, created, commit, dirty, gpu, driver, cuda, processor,
                 cores, memory_gib, torch, transformers, bitsandbytes, seed, seconds
 """
 
 import json
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -62,41 +67,20 @@ from helpers.params import Study
 
 TASK = "coqa_turns"
 KINDS = ("evaluation", "benchmark", "fidelity")
-ORDER = ("fp16", "bf16", "fp32", "int8", "fp8", "gptq", "awq", "nf4", "fp4", "int4")
+ORDER = "fp16 bf16 fp32 int8 int8-weights fp8 gptq awq hqq nf4 nf4-plain fp4 int4"
 FULL_LABELS = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 MODES = {"eager": "eager", "cuda_graph": "CUDA graph", "compile": "compiled"}
 RIGHT = 0.5  # exact match is a mean over references: at least half of them
 KEYS = ["data_set", "dialogue", "turn"]
 
 
-class Frames(NamedTuple):
-    study: Study
-    folder: Path
-    full: str | None  # the configuration that others are compared with
-    configurations: pd.DataFrame
-    samples: pd.DataFrame
-    scores: pd.DataFrame
-    times: pd.DataFrame
-    sizes: pd.DataFrame
-    largest: pd.DataFrame
-    energy: pd.DataFrame
-    profile: pd.DataFrame
-    agreement: pd.DataFrame
-    tokens: pd.DataFrame
-    confidence: pd.DataFrame
-    floor: pd.DataFrame
-    dialogues: pd.DataFrame
-    formats: pd.DataFrame
-    layers: pd.DataFrame
-    block_sizes: pd.DataFrame
-    sensitivity: pd.DataFrame
-    noise: pd.DataFrame
-    hardware: pd.DataFrame
-    runs: pd.DataFrame
-    weights: dict  # codebooks, histogram, spearman, floor: what has no natural table
-    engine: (
-        pd.DataFrame
-    )  # index: configuration. questions, seconds, fallbacks, truncated, and the ratio to stock lm-eval where measured
+FIELDS = """study folder full configurations samples scores times sizes largest energy profile agreement tokens texts
+confidence floor dialogues formats layers block_sizes sensitivity noise hardware runs weights engine"""
+
+
+class Frames(namedtuple("Frames", FIELDS)):
+    """study (its parameters), folder (of the results), full (the configuration that others are compared with, or
+    None), weights (what 03_weights wrote: codebooks and histogram have no natural table); all else as above."""
 
     def label(self, configuration: str) -> str:
         """What a reader sees. A format that no configuration has (lloyd_max) is its own name in words."""
@@ -152,45 +136,42 @@ def load(where: Study | str | Path) -> Frames:
     """All tables of a study, by its parameters, name or folder of results. Raises StudyError if it has no results."""
     study = where if isinstance(where, Study) else _study(str(where))
     finished, processes = results.read_all(study), results.read_processes(study)
-    names = sorted({*finished, *processes}, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
+    order = {name: place for place, name in enumerate(ORDER.split())}
+    names = sorted({*finished, *processes}, key=lambda name: (order.get(name, len(order)), name))
     finished = {name: finished.get(name, {}) for name in names}
-    data = {
-        kind: {n: p[kind].data for n, p in finished.items() if kind in p and p[kind].status == "ok"} for kind in KINDS
-    }
-    runs = {n: [(i, r) for i, r in enumerate(processes.get(n, []), 1)] for n in names}
-    measured = {n: [(i, r.data) for i, r in runs[n] if r.status == "ok"] for n in names}
-    configurations = _configurations(finished, data)
-    weights = _weights(study, data["fidelity"])
-    samples = _samples(study, data["evaluation"], data["fidelity"])
-    built = {
-        "configurations": configurations,
-        "samples": samples,
-        "scores": tables.scores(data["evaluation"]),
-        "times": tables.times(measured),
-        "sizes": tables.sizes(data["benchmark"]),
-        "largest": tables.rows(measured, "largest_batch", {"fails_at": "fails"}, tables.LARGEST),
-        "energy": tables.rows(measured, "energy.rows", {"mean_watts": "watts"}, tables.ENERGY),
-        "profile": tables.rows(measured, "profile", {"ms_per_step": "ms"}, tables.PROFILE),
-        "agreement": tables.rows(measured, "agreement", {}, tables.AGREEMENT),
-        "tokens": tables.tokens(data["fidelity"]),
-        "confidence": tables.confidence(data["fidelity"]),
-        "floor": tables.floor(data["fidelity"]),
-        "dialogues": tables.dialogues(data["fidelity"]),
-        "formats": tables.formats(weights, data["fidelity"]),
-        "layers": tables.layers(weights),
-        "block_sizes": pd.DataFrame(weights.get("weights", {}).get("block_sizes", [])),
-        "sensitivity": pd.DataFrame((weights.get("sensitivity") or {}).get("layers", [])),
-        "noise": tables.noise(weights.get("noise") or {}),
-        "hardware": tables.hardware(measured),
-        "runs": _runs(study, finished, runs),
-        "engine": _engine(study, data["evaluation"]),
-    }
+    data = {k: {n: p[k].data for n, p in finished.items() if k in p and p[k].status == "ok"} for k in KINDS}
+    runs = [(n, i, r) for n in names for i, r in enumerate(processes.get(n, []), 1)]
+    measured = [(n, i, r.data) for n, i, r in runs if r.status == "ok"]
+    evaluations, fidelity = data["evaluation"], data["fidelity"]
+    weights = _weights(study, fidelity)
+    configurations, checkpoints = _configurations(finished, data)
     full = next((n for n in names if configurations.full[n]), None)
+    built = {name: tables.listed(measured, name) for name in tables.LISTS} | {"times": tables.times(measured)}
     unpacked = configurations.index[configurations.same_kernels]
-    for name in ("times", "largest", "energy", "profile", "agreement"):  # full precision's, not the format's
-        built[name] = built[name][~built[name].configuration.isin(unpacked)].reset_index(drop=True)
-    built["sizes"].loc[built["sizes"].index.isin(unpacked), built["sizes"].columns != "checkpoint"] = np.nan
-    return Frames(study=study, folder=results.folder(study), full=full, weights=weights, **built)
+    built = {k: rows[~rows.configuration.isin(unpacked)].reset_index(drop=True) for k, rows in built.items()}
+    sizes = tables.sizes(data["benchmark"], checkpoints)  # of what is unpacked only the file is the format's own
+    sizes.loc[sizes.index.isin(unpacked), sizes.columns != "checkpoint"] = np.nan
+    parts = {name: getattr(tables, name)(fidelity) for name in ("tokens", "texts", "confidence", "floor", "dialogues")}
+    return Frames(
+        study=study,
+        folder=results.folder(study),
+        full=full,
+        configurations=configurations,
+        samples=_samples(study, evaluations, fidelity),
+        scores=tables.scores(evaluations),
+        sizes=sizes.reindex([name for name in names if name in sizes.index]),
+        formats=tables.formats(weights, fidelity),
+        layers=tables.layers(weights),
+        block_sizes=pd.DataFrame(weights.get("weights", {}).get("block_sizes", [])),
+        sensitivity=pd.DataFrame((weights.get("sensitivity") or {}).get("layers", [])),
+        noise=tables.noise(weights.get("noise") or {}),
+        hardware=tables.hardware(measured),
+        runs=_runs(study, finished, runs),
+        weights=weights,
+        engine=_engine(study, evaluations),
+        **built,
+        **parts,
+    )
 
 
 def _study(where: str) -> Study:
@@ -208,31 +189,23 @@ def _study(where: str) -> Study:
     raise StudyError(f"{where}: holds no results; give a folder that make run-all wrote, or the name of a study")
 
 
-def _configurations(finished: dict, data: dict) -> pd.DataFrame:
-    rows = []
+def _configurations(finished: dict, data: dict) -> tuple[pd.DataFrame, dict]:
+    """The table, and MiB of the files that were loaded."""
+    rows, checkpoints = {}, {}
     for name, parts in finished.items():
         origin = next((r.provenance["configuration"] for r in parts.values() if r.provenance["configuration"]), {})
         method = origin.get("quantization", {}).get("method")
         info = next((data[k][name].get("loading") or {} for k in ("evaluation", "benchmark") if name in data[k]), {})
         full = method == "none"
         label = FULL_LABELS.get(info.get("dtype"), origin.get("label")) if full else origin.get("label", name)
-        rows.append(
-            {
-                "configuration": name,
-                "label": label,
-                "method": method,
-                "dtype": info.get("dtype"),
-                "full": full,
-                "packed": info.get("packed"),
-                "same_kernels": not full and info.get("packed") is False,
-                "kernel": info.get("kernel"),
-                "quantized_share": info.get("quantized_share"),
-                "bits_per_weight": info.get("bits_per_weight"),
-                **{kind: parts[kind].status if kind in parts else None for kind in KINDS},
-                "reason": next((r.reason for r in parts.values() if r.status != "ok"), None),
-            }
-        )
-    return pd.DataFrame(rows).set_index("configuration")
+        rows[name] = {"label": label, "method": method, "full": full}
+        rows[name] |= tables.pick(info, "dtype packed kernel quantized_share bits_per_weight")
+        rows[name] |= {"same_kernels": not full and info.get("packed") is False}
+        rows[name] |= {kind: parts[kind].status if kind in parts else None for kind in KINDS}
+        rows[name] |= {"reason": next((r.reason for r in parts.values() if r.status != "ok"), None)}
+        if info.get("checkpoint_bytes"):
+            checkpoints[name] = info["checkpoint_bytes"] / 2**20
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("configuration"), checkpoints
 
 
 def prediction(row: dict) -> str | None:
@@ -242,48 +215,30 @@ def prediction(row: dict) -> str | None:
 
 
 def _samples(study: Study, evaluations: dict, fidelity: dict) -> pd.DataFrame:
-    parts = []
+    rows = []
     for name, data in evaluations.items():
         file = data["tasks"][TASK]["samples"]
-        lines = results.read_lines(results.folder(study) / name / file, data["files"][file])
         kl = {(str(row["id"]), row["turn"]): row["kl"] for row in (fidelity.get(name) or {}).get("per_question", [])}
-        for row in lines:
+        for row in results.read_lines(results.folder(study) / name / file, data["files"][file]):
             doc = row["doc"]
-            key = str(doc["id"]), int(doc["turn"])
-            parts.append(
-                {
-                    "configuration": name,
-                    "data_set": doc.get("data_set", "dialogues"),
-                    "dialogue": key[0],
-                    "turn": key[1],
-                    "last_turn": bool(doc["last_turn"]),
-                    "domain": doc.get("source"),
-                    "question": doc.get("question"),
-                    "references": doc.get("references"),
-                    "prediction": prediction(row),
-                    "f1": row["f1"],
-                    "em": row["em"],
-                    "right": row["em"] >= RIGHT,
-                    "answer_tokens": row.get("answer_tokens"),
-                    "hit_limit": row.get("hit_limit"),
-                    "truncated": row.get("truncated"),
-                    "kl": kl.get(key, np.nan),
-                }
-            )
-    if not parts:
-        return pd.DataFrame(columns=["configuration", *KEYS, *SAMPLE])
-    table = pd.DataFrame(parts)
-    answered = table.groupby(KEYS).configuration.transform("nunique")
-    common = table[answered == len(evaluations)].reset_index(drop=True)
+            dialogue, turn = str(doc["id"]), int(doc["turn"])
+            where = {"configuration": name, "data_set": doc.get("data_set", "dialogues"), "dialogue": dialogue}
+            where |= {"turn": turn, "last_turn": bool(doc["last_turn"])}
+            where |= tables.pick(doc, "domain question references", {"domain": "source"})
+            said = {"prediction": prediction(row), "right": row["em"] >= RIGHT, "kl": kl.get((dialogue, turn), np.nan)}
+            rows.append(where | tables.pick(row, "f1 em answer_tokens hit_limit truncated") | said)
+    if not rows:
+        return pd.DataFrame(columns=["configuration", *KEYS, *SAMPLE.split()])
+    found = pd.DataFrame(rows)
+    answered = found.groupby(KEYS).configuration.transform("nunique")
+    common = found[answered == len(evaluations)].reset_index(drop=True)
     if common.empty:
-        raise StudyError(
-            f"{', '.join(evaluations)}: no question was answered by all; run make clean and make run-all again"
-        )
+        asked = ", ".join(evaluations)
+        raise StudyError(f"{asked}: no question was answered by all; run make clean and make run-all again")
     return common
 
 
-SAMPLE = ["last_turn", "domain", "question", "references", "prediction", "f1", "em", "right"]
-SAMPLE += ["answer_tokens", "hit_limit", "truncated", "kl"]
+SAMPLE = "last_turn domain question references prediction f1 em right answer_tokens hit_limit truncated kl"
 
 
 def _weights(study: Study, fidelity: dict) -> dict:
@@ -294,56 +249,40 @@ def _weights(study: Study, fidelity: dict) -> dict:
     return next((d for d in fidelity.values() if "layers" in (d.get("weights") or {})), {})
 
 
-def _runs(study: Study, finished: dict, processes: dict) -> pd.DataFrame:
+def _runs(study: Study, finished: dict, processes: list) -> pd.DataFrame:
     found = [(n, k, 1, parts[k]) for n, parts in finished.items() for k in KINDS if k in parts and k != "benchmark"]
-    found += [(n, "benchmark", i, result) for n, several in processes.items() for i, result in several]
-    for kind in ("setup", "weights"):
-        path = results.folder(study) / f"{kind}.json"
-        if path.is_file():
-            found.append((None, kind, 1, results.read(path)))
+    found += [(name, "benchmark", i, result) for name, i, result in processes]
+    paths = {kind: results.folder(study) / f"{kind}.json" for kind in ("setup", "weights")}
+    found += [(None, kind, 1, results.read(path)) for kind, path in paths.items() if path.is_file()]
     rows = []
     for name, kind, process, result in found:
-        origin, gpu, packages = result.provenance, result.provenance["gpu"] or {}, result.provenance["packages"]
-        data = result.data or {}
+        origin, data = result.provenance, result.data or {}
         seconds = data.get("measure_seconds") or data.get("seconds")
-        rows.append(
-            {
-                "configuration": name,
-                "kind": kind,
-                "process": process,
-                "status": result.status,
-                "reason": result.reason,
-                **{key: origin.get(key) for key in ("created", "commit", "dirty")},
-                "gpu": gpu.get("name"),
-                "driver": gpu.get("driver"),
-                "cuda": gpu.get("cuda"),
-                **{key: origin.get(key) for key in ("processor", "cores", "memory_gib")},
-                **{key: packages.get(key) for key in ("torch", "transformers", "bitsandbytes")},
-                "seed": origin.get("seed"),
-                "seconds": sum(seconds.values()) if isinstance(seconds, dict) else seconds,
-            }
-        )
+        row = {"configuration": name, "kind": kind, "process": process}
+        row |= {"status": result.status, "reason": result.reason}
+        row |= tables.pick(origin, "created commit dirty processor cores memory_gib seed")
+        row |= tables.pick(origin["gpu"] or {}, "gpu driver cuda", {"gpu": "name"})
+        row |= tables.pick(origin["packages"], "torch transformers bitsandbytes")
+        rows.append(row | {"seconds": sum(seconds.values()) if isinstance(seconds, dict) else seconds})
     return pd.DataFrame(rows)
 
 
 def _engine(study: Study, evaluations: dict) -> pd.DataFrame:
     path = results.folder(study) / "bench_eval.json"
-    stock = {}
+    stock, rows = {}, {}
     if path.is_file():
         try:
             stock = {n: c["tasks"][TASK] for n, c in json.loads(path.read_text())["configurations"].items()}
         except (ValueError, KeyError, TypeError) as error:
             raise StudyError(f"{path.name}: not what bench-eval writes ({type(error).__name__}); delete it") from None
-    rows = {
-        name: {
-            "questions": data["questions"],
-            "seconds": data["seconds"],
-            "fallbacks": sum(v if isinstance(v, int) else 1 for v in (data["engine"].get("fallbacks") or {}).values()),
-            "truncated": tables.dig(data, "engine.counts.truncated"),
-            "stock_ratio": (stock.get(name) or {}).get("ratio"),
-            "stock_identical": (stock.get(name) or {}).get("identical_share"),
-        }
-        for name, data in evaluations.items()
-    }
-    columns = ["questions", "seconds", "fallbacks", "truncated", "stock_ratio", "stock_identical"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    for name, data in evaluations.items():
+        fallbacks = (data["engine"].get("fallbacks") or {}).values()
+        rows[name] = tables.pick(data, "questions seconds")
+        rows[name] |= {"fallbacks": sum(v if isinstance(v, int) else 1 for v in fallbacks)}
+        rows[name] |= {"truncated": tables.dig(data, "engine.counts.truncated")}
+        names = {"stock_ratio": "ratio", "stock_identical": "identical_share"}
+        rows[name] |= tables.pick(stock.get(name) or {}, " ".join(names), names)
+    return pd.DataFrame.from_dict(rows, orient="index", columns=ENGINE.split())
+
+
+ENGINE = "questions seconds fallbacks truncated stock_ratio stock_identical"

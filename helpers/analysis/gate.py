@@ -13,62 +13,52 @@ import math
 import sys
 
 from helpers import StudyError, results
-from helpers.analysis import contrasts, frames, recovery, style
+from helpers.analysis import contrasts, frames, recovery
+from helpers.analysis.style import number
 
 STATUS = {"pass": 0, "fail": 1, "too small": 2}
 LEAST_RECOVERY = 95.0  # per cent, if no threshold is given
 
 
-def judge(
-    f: frames.Frames,
-    configuration: str,
-    least_recovery: float | None = None,
-    largest_loss: float | None = None,
-    metric: str = "f1",
-    last_turns: bool = False,
-) -> dict:
+def judge(f, configuration: str, least_recovery=None, largest_loss=None, metric="f1", last_turns=False) -> dict:
     """recovery.gate of a configuration vs full precision, as JSON values.
 
     least_recovery: per cent of full precision's mean; largest_loss: points of 100. Of the two, None is not asked for;
     if both are, least_recovery is 95. Losses and differences in the result are in points, `needed` is None if no number
     of dialogues would do. Raises StudyError if the configuration or full precision has no answers.
     """
-    if least_recovery is None and largest_loss is None:
-        least_recovery = LEAST_RECOVERY
+    least_recovery = LEAST_RECOVERY if least_recovery is largest_loss is None else least_recovery
     if least_recovery is not None and not 0 < least_recovery <= 100:
         raise StudyError(f"LEAST_RECOVERY={least_recovery:g}: is a percentage of full precision's score, 0 to 100")
-    if largest_loss is not None and largest_loss < 0:
+    if largest_loss is not None and not largest_loss >= 0:
         raise StudyError(f"LARGEST_LOSS={largest_loss:g}: is a loss in points, 0 or more")
-    wide = f.wide(metric, last_turns)
+    wide, options = f.wide(metric, last_turns), contrasts.options(f)
     names = [name for name in wide if name != f.full]
     if f.full not in wide:
         raise StudyError(f"{f.study.study}: full precision has no answers to compare with; run make run-all first")
     if configuration not in names:
         raise StudyError(f"CONFIG={configuration}: has no answers in this study; choose from {', '.join(names)}")
-    least, loss = least_recovery or 0.0, math.inf if largest_loss is None else largest_loss / 100
-    groups, options = contrasts.clusters(wide), contrasts.options(f)
-    row = recovery.gate(wide[f.full], wide[configuration], groups, least, loss, **options)
-    points = {key: None if row[key] is None else 100 * row[key] for key in ("difference", "difference_bound")}
-    needed = int(row["needed"]) if row["needed"] and math.isfinite(row["needed"]) else None
+    bounds = least_recovery or 0.0, math.inf if largest_loss is None else largest_loss / 100
+    row = recovery.gate(wide[f.full], wide[configuration], contrasts.clusters(wide), *bounds, **options)
+    row |= {key: 100 * row[key] for key in ("difference", "difference_bound") if row[key] is not None}
+    row["needed"] = int(row["needed"]) if row["needed"] and math.isfinite(row["needed"]) else None
     asked = {"configuration": configuration, "full": f.full, "metric": metric, "last_turns": last_turns}
     asked |= {"least_recovery": least_recovery, "largest_loss": largest_loss}
-    return asked | row | points | {"needed": needed, "confidence": options["confidence"], "n_questions": len(wide)}
+    return asked | row | {"confidence": options["confidence"], "n_questions": len(wide)}
 
 
 def sentence(f: frames.Frames, row: dict) -> str:
     """The verdict in one line."""
     asked = [f"recovery of at least {row['least_recovery']:g}%"] if row["least_recovery"] is not None else []
-    if row["largest_loss"] is not None:
-        asked.append(f"loss of at most {row['largest_loss']:g} points")
+    asked += [f"loss of at most {row['largest_loss']:g} points"] if row["largest_loss"] is not None else []
     what = f"{f.label(row['configuration'])} vs {f.label(row['full'])}, {contrasts.METRICS[row['metric']]}"
     if row["reason"]:
         return f"n too small: {what}: {row['reason']}"
-    numbers = f"recovery {style.number(row['recovery'], 1)}%, {row['confidence']:.0%} lower bound "
-    numbers += (
-        f"{style.number(row['recovery_bound'], 1)}%; difference {style.number(row['difference'], 1, True)} points, "
+    text = (
+        f"{what}: {' and '.join(asked)} asked; recovery {number(row['recovery'], 1)}%, {row['confidence']:.0%} lower "
+        f"bound {number(row['recovery_bound'], 1)}%; difference {number(row['difference'], 1, True)} points, bound "
+        f"{number(row['difference_bound'], 1, True)}; {row['n_dialogues']} dialogues"
     )
-    numbers += f"bound {style.number(row['difference_bound'], 1, True)}; {row['n_dialogues']} dialogues"
-    text = f"{what}: {' and '.join(asked)} asked; {numbers}"
     if row["gate"] != "too small":
         return f"{row['gate']}: {text}"
     need = (

@@ -17,10 +17,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML, display
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from helpers import results
-from helpers.analysis.frames import MODES, Frames
+from helpers.analysis.frames import Frames
 
 STYLE = {
     "figure.facecolor": "white",
@@ -44,20 +44,10 @@ WIDTH = 8.0
 PNG_DPI = 144
 SVG_BYTES = 150_000  # the page embeds a smaller SVG as it is, and a PNG in place of a larger one
 LIGHT, DARK = "#8c8c8c", "#333333"
-LOOKS = {
-    "fp16": ("#000000", "o"),
-    "bf16": ("#000000", "o"),
-    "int8": ("#56B4E9", "s"),
-    "fp8": ("#E69F00", "D"),
-    "gptq": ("#009E73", "^"),
-    "awq": ("#CC79A7", "v"),
-    "nf4": ("#0072B2", "P"),
-    "fp4": ("#D55E00", "X"),
-    "int4": ("#8a7a00", "<"),
-    "uniform": ("#7f7f7f", "|"),
-    "lloyd_max": ("#009E73", "|"),
-    "gaussian_lloyd_max": ("#000000", "|"),
-}
+LOOKS = """fp16 #000000 o, bf16 #000000 o, fp32 #000000 o, int8 #56B4E9 s, int8-weights #8a9bb0 h, fp8 #E69F00 D,
+gptq #009E73 ^, awq #CC79A7 v, hqq #a6761d >, nf4 #0072B2 P, nf4-plain #5b3a8c *, fp4 #D55E00 X, int4 #8a7a00 <,
+uniform #7f7f7f |, lloyd_max #009E73 |, gaussian_lloyd_max #000000 |"""
+LOOKS = {name: look for name, *look in map(str.split, LOOKS.split(","))}  # configuration -> colour, marker
 SPARE = (("#7f7f7f", ">"), ("#5b3a8c", "*"), ("#00626b", "p"), ("#a6761d", "h"))
 
 
@@ -73,14 +63,13 @@ def figure(name: str, f: Frames, rows: int = 1, columns: int = 1, height: float 
     caption.
 
     caption: one or two sentences of plain text; the first says what to see, and is the alternative text. Axes that stay
-    empty take the figure away again, with a line that says so.
+    empty show nothing: the section's table says what was not measured.
     """
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         drawn, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", **options)
         try:
             yield drawn, axes
             if not any(np.isfinite(panel.dataLim.get_points()).all() for panel in drawn.axes):
-                display(HTML(f'<p class="note">{html.escape(name)}: not drawn, since nothing of it was measured.</p>'))
                 return
             folder = results.figures_folder(f.study)
             folder.mkdir(parents=True, exist_ok=True)
@@ -125,73 +114,29 @@ def forest(axes, table, value: str, low: str, high: str, zero: float | None = No
     axes.grid(False, axis="y")
 
 
-def histogram(axes, row: dict, colour: str) -> None:
-    """Redraws of a difference (a row of redraw.redraw's comparisons), in points; darker where the sign contradicts
-    it."""
-    edges, counts = 100 * np.array(row["histogram"]["edges"]), np.array(row["histogram"]["counts"])
-    centres, share, truth = (edges[1:] + edges[:-1]) / 2, 100 * counts / counts.sum(), 100 * row["difference"]
-    against = centres * truth < 0
-    axes.bar(centres, share, width=np.diff(edges), color=colour, alpha=0.4)
-    axes.bar(centres[against], share[against], width=np.diff(edges)[against], color=colour)
-    axes.axvline(truth, color=DARK, linewidth=1.4, linestyle="--")
-    axes.axvline(0, color=DARK, linewidth=0.8)
-    axes.set_ylabel("redraws (%)")
-
-
 def names(axes, f: Frames, configurations, width: int = 16) -> None:
     """Configurations as the labels of a vertical axis, first on top."""
     labels = [textwrap.fill(f.label(name), width) for name in configurations]
     axes.set_yticks(range(len(labels)), labels)
 
 
-def legend(fig, f: Frames, configurations, *more, columns: int = 5) -> None:
+def legend(fig, f: Frames, configurations, columns: int = 5) -> None:
     """One legend below all panels."""
     handles = [Line2D([], [], label=f.label(name), **look(name)) for name in configurations]
-    handles += more
     fig.legend(handles=handles, loc="outside lower center", ncols=min(columns, max(1, len(handles))))
-
-
-def mark(label: str, **options) -> Line2D:
-    """A legend entry for something that is no configuration."""
-    return Line2D([], [], label=label, **({"color": DARK, "linestyle": "none"} | options))
 
 
 PAPER = {"marker": "D", "mfc": "white", "mec": DARK}
 
 
-def plain(value: float, _=None) -> str:
-    """A number as people write it: 0.002, 1.5, 64, 4,096."""
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-4:
-        return f"{value:.0e}".replace("e-0", "e-")
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
 def log(axis, values=None) -> None:
-    """A logarithmic axis with plain numbers, at `values` where given."""
+    """A logarithmic axis with numbers as people write them (0.002, 4,096), at `values` where given."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
     axis.set_minor_formatter(NullFormatter())
     low, high = axis.get_data_interval()
     if values is None and low > 0 and high < 20 * low:  # within a decade or so powers of ten would leave no tick
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(plain))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
     if values is not None:
         axis.set_ticks(sorted(set(values)))
         axis.set_minor_locator(NullLocator())
-
-
-def curves(axes, f: Frames, table, x: str, y: str, limit: str | None = None) -> None:
-    """A line per configuration through its medians, bars for the range of its processes; `limit` dashed; log axes."""
-    for name in f.configurations.index.intersection(table.configuration.unique(), sort=False):
-        rows = table[table.configuration == name].sort_values(x)
-        spread = [np.maximum(0, rows[y] - rows.low), np.maximum(0, rows.high - rows[y])] if y == "ms" else None
-        axes.errorbar(rows[x], rows[y], yerr=spread, linewidth=1.4, **look(name))
-        if limit and rows[limit].notna().any():
-            axes.plot(rows[x], rows[limit], color=look(name)["color"], linestyle="--", linewidth=0.9)
-    log(axes.xaxis, table[x])
-    log(axes.yaxis)
-
-
-def mode_name(mode: str) -> str:
-    return MODES.get(mode, mode)

@@ -7,8 +7,7 @@ there is typed; everything else in README.md is.
 import json
 
 from helpers import ROOT, StudyError, params, results
-from helpers.analysis import claims, contrasts, frames, sentences
-from helpers.analysis.frames import MODES, Frames
+from helpers.analysis import claims, contrasts, evidence, frames, sentences
 from helpers.analysis.style import NONE, number, percent, times
 
 MARKS = ("<!-- found: rendered by make readme from executed/reference -->", "<!-- end of found -->")
@@ -16,25 +15,21 @@ STUDIES = ("smollm2-135m-public", "smollm2-135m", "llama-3.2-1b-random")  # thre
 SHOWN = ("nf4", "fp4", "int8", "fp8")
 
 
-def answer(f: Frames, rows, hardware: Frames) -> list[str]:
+def answer(f: frames.Frames, rows, hardware: frames.Frames) -> list[str]:
     """The table: what a format keeps of F1, its memory, and its decode time at the smallest and the largest batch."""
-    rows = contrasts.vs_full(f, rows)
-    ratios = hardware.ratios()
+    rows, ratios, size = contrasts.vs_full(f, rows), hardware.ratios(), hardware.sizes.allocated
     mode = contrasts.fastest_mode(hardware, ratios)
-    decode = ratios[(ratios.phase == "decode") & (ratios["mode"] == mode)]
-    ends = sorted(decode.batch.unique())[:1] + sorted(decode.batch.unique())[-1:]
-    size = hardware.sizes.allocated
-    lines = [
-        "| | F1 kept | memory | " + " | ".join(f"decode, batch {b}" for b in ends) + " |",
-        "|---|---|---|" + "---|" * len(ends),
-    ]
+    batches = ratios.batch[(ratios.phase == "decode") & (ratios["mode"] == mode)]
+    ends = int(batches.min()), int(batches.max())
+    decode = [contrasts.at(ratios, "decode", batch=b, mode=mode).ratio for b in ends]
+    lines = [f"| | F1 kept | memory | decode, batch {ends[0]} | decode, batch {ends[1]} |", "|---|---|---|---|---|"]
     for name in (name for name in SHOWN if name in rows.index):
         row = rows.loc[name]
         kept = sentences.recovered(row.recovery, row.recovery_low, row.recovery_high)
         memory = percent(size.get(name) / size.get(hardware.full), 0) if name in size else NONE
-        found = [contrasts.at(ratios, "decode", batch=b, mode=mode).ratio.get(name) for b in ends]
-        lines.append(f"| **{f.label(name)}** | {kept} | {memory} | {' | '.join(times(value) for value in found)} |")
-    where = f"Memory and time: Llama-3.2-1B's shape, {MODES[mode]}, {sentences.device(hardware)}."
+        cells = [f"**{f.label(name)}**", kept, memory, *(times(column.get(name)) for column in decode)]
+        lines.append(f"| {' | '.join(cells)} |")
+    where = f"Memory and time: Llama-3.2-1B's shape, {frames.MODES[mode]}, {sentences.device(hardware)}."
     return [*lines, "", f"All vs {f.label(f.full)}. F1: {f.study.model.name}, {sentences.counts(f)} {where}"]
 
 
@@ -54,12 +49,15 @@ def rendered(text: str) -> str:
         raise StudyError(f"README.md: the lines {MARKS[0]!r} and {MARKS[1]!r} must each stand there once")
     wide, own, hardware = (frames.load(f"executed/reference/h200/{name}") for name in STUDIES)
     paper, rows = params.read_paper(), contrasts.table(wide)
+    facts, shape = evidence.facts(own, paper), evidence.facts(hardware, paper)
     pair = rows[(rows.a == "nf4") & (rows.b == "fp4")]
-    found = [sentences.differs(wide, row) for _, row in pair.iterrows()] + sentences.heterogeneity(wide)
-    found += sentences.chance(own, contrasts.table(own), contrasts.table(own, last_turns=True), paper)
+    found = [sentences.differs(wide, row) for _, row in pair.iterrows()]
+    found += sentences.heterogeneity(wide, contrasts.pooled(wide, contrasts.groups(wide, "data_set")))
+    found += sentences.by_chance(own, contrasts.vs_full(own, facts.every), contrasts.vs_full(own, facts.last))
+    found += sentences.redraws(own, facts.designs[:1])
     lines = [*answer(wide, rows, hardware), "", *(f"- {text}" for text in found)]
     lines += ["", f"Of the paper's {len(paper['claims'])} claims:", ""]
-    lines += [f"- {text}" for text in sentences.claims(claims.judge(own, paper), claims.judge(hardware, paper))]
+    lines += [f"- {text}" for text in sentences.claims(claims.judged(facts), claims.judged(shape))]
     lines += ["", pipeline(json.loads((ROOT / "executed/reference/bench_pipeline.json").read_text())), ""]
     before, rest = text.split(MARKS[0])
     return f"{before}{MARKS[0]}\n\n" + "\n".join(lines) + MARKS[1] + rest.split(MARKS[1])[1]

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 
 from helpers.analysis import contrasts, durations
-from helpers.analysis import power as sample
 from helpers.analysis.frames import MODES, Frames
 from helpers.analysis.style import interval, number, percent, points, times
 
-COSTS = {"below": "costs accuracy", "above": "gains accuracy"}
+ANSWERS = {"below": "Not where accuracy counts.", "above": "Yes: it even scores higher here."}
+SMALL_SHARE = 0.9  # of the linear weights: quantizing less than this is worth a warning
 
 
 def listed(names) -> str:
@@ -22,11 +22,8 @@ def listed(names) -> str:
 
 def device(f: Frames) -> str:
     """The hardware of the benchmarks, or of whatever was run."""
-    gpus = f.runs.gpu.dropna().unique()
-    if len(gpus):
-        return listed(gpus)
-    cpu = f.runs.iloc[0]
-    return f"{cpu.processor}, {cpu.cores} cores"
+    gpus, cpu = f.runs.gpu.dropna().unique(), f.runs.iloc[0]
+    return listed(gpus) if len(gpus) else f"{cpu.processor}, {cpu.cores} cores"
 
 
 def recovered(rate: float, low: float, high: float) -> str:
@@ -41,102 +38,32 @@ def differs(f: Frames, row, metric: str = "F1") -> str:
         return f"{b} vs {a}: {value}; {row.reason}."
     if row.verdict in ("above", "below"):
         return f"{b} scores {row.verdict} {a}: {value}."
-    power = f"; 80% power for {points(row.detectable, False)} points" if pd.notna(row.detectable) else ""
     if row.verdict.startswith("equal"):
         return f"{b} is {row.verdict} of {a}: {value}."
+    power = f"; 80% power for {points(row.detectable, False)} points" if pd.notna(row.detectable) else ""
     return f"{metric} does not separate {b} from {a}: {value}{power}."
 
 
 def caveats(f: Frames, paper: dict) -> list[str]:
     """What the reader must know before any number."""
-    said = []
+    said, names = [], f.configurations
     if f.study.study != paper["study"]:
-        said.append(
-            f"This study measures {f.study.model.name}, not the paper's {paper['model']}: it tests the paper's "
-            "reasoning, not its numbers."
-        )
+        said.append(f"Measured on {f.study.model.name}, not on the paper's {paper['model']}.")
     if f.study.model.already_quantized:
         said.append(
-            f"The weights are not an original: {f.study.model.already_quantized}. Full precision means what they hold "
+            f"Its weights are no original but {f.study.model.already_quantized}: full precision means what they hold "
             "after that, and formats with a similar grid may be flattered."
         )
     for status, word in (("skipped", "not run"), ("failed", "failed")):
         odd = f.runs[f.runs.status == status].drop_duplicates(["configuration", "reason"])
         for reason, rows in odd.groupby("reason", sort=False):
-            names = listed(dict.fromkeys(f.label(name) if name else "the study" for name in rows.configuration))
-            said.append(f"{names}: {word}: {reason.rstrip('.')}.")
-    return said
-
-
-def setup(f: Frames) -> list[str]:
-    said = [f"Model: {f.study.model.name} ({f.study.model.source})."]
-    if len(f.samples):
-        one = f.samples[f.samples.configuration == f.samples.configuration.iloc[0]]
-        sets = one.groupby("data_set").agg(dialogues=("dialogue", "nunique"), questions=("turn", "size"))
-        for name, row in sets.iterrows():
-            said.append(f"Data: {name}, {row.questions:,} questions in {row.dialogues:,} dialogues.")
-    names = f.configurations
-    said.append(f"Configurations: {listed(names.label)}.")
-    for dtype, rows in names.groupby("dtype", sort=False):
-        said.append(f"Computed in {dtype}: {listed(rows.label)}.")
-    processes = f.times.groupby("configuration").process.nunique() if len(f.times) else pd.Series(dtype=int)
-    if len(processes):
-        several = " to ".join(dict.fromkeys([str(processes.min()), str(processes.max())]))
-        said.append(f"Times: {device(f)}; processes per configuration: {several}.")
-    unpacked = names[names.same_kernels]
-    if len(unpacked):
-        said.append(
-            f"{listed(unpacked.label)}: no 4-bit kernel here. The weights were unpacked when loaded, so speed and "
-            "memory are full precision's and are not shown again."
-        )
-    partly = names[~names.full & (names.quantized_share.astype(float) < 0.9)]
-    for name, row in partly.iterrows():
+            who = listed(dict.fromkeys(f.label(name) if name else "the study" for name in rows.configuration))
+            said.append(f"{who}: {word}: {reason.rstrip('.')}.")
+    for name, row in names[~names.full & (names.quantized_share.astype(float) < SMALL_SHARE)].iterrows():
         said.append(f"{f.label(name)} quantized only {percent(row.quantized_share)} of the linear weights.")
-    return said
-
-
-def needs(f: Frames, name: str) -> str:
-    """What a format asks of whoever uses it, in a few words."""
-    row = f.configurations.loc[name]
-    if row.evaluation != "ok" and row.benchmark != "ok":
-        return f"not run: {row.reason}"
-    parts = ["calibration text"] if row.method in ("gptq", "awq") else []
-    parts += ["no 4-bit kernel here"] if row.same_kernels else []
-    return ", ".join(parts) or "nothing else"
-
-
-def noise_kind(kind: str) -> str:
-    """What a row of `noise` did to the weights."""
-    return NOISE.get(kind, kind.replace("_", " "))
-
-
-NOISE = {
-    "nf4": "NF4 itself",
-    "block": "Gaussian noise, matched block by block",
-    "layer": "Gaussian noise, matched layer by layer",
-    "signs": "NF4's own errors, random signs",
-    "permuted": "NF4's own errors, permuted in their block",
-}
-
-
-def limitations(f: Frames, paper: dict) -> list[str]:
-    """What these results cannot say."""
-    said = [f"One model ({f.study.model.name}); other sizes and families may keep more or less."]
-    if len(f.samples):
-        sets = f.samples.data_set.nunique()
-        said.append(f"{sets} data set{'s' if sets > 1 else ''}; formats can swap places on others.")
-        references = f.samples.references.dropna().map(len)
-        if len(references) and f.study.data is not None:
-            said.append(
-                "Greedy answers scored by word overlap with references; a right answer in other words counts little."
-            )
-    few = f.times.groupby("configuration").process.nunique() if len(f.times) else pd.Series(dtype=int)
-    if len(few) and few.min() < durations.LEAST_PROCESSES:
-        said.append(f"Times from {few.min()} process{'es' if few.min() > 1 else ''} at the least: they order nothing.")
-    if len(f.times):
-        said.append(
-            f"Times of {device(f)}; the paper used an {paper['device']}. Kernels of other libraries may be faster."
-        )
+    parts = {"accuracy": f.samples, "fidelity": f.tokens, "memory and times": f.times, "weights": f.formats}
+    if missing := [name for name, table in parts.items() if table.empty]:
+        said.append(f"Not measured in this study, so empty below: {', '.join(missing)}.")
     return said
 
 
@@ -146,83 +73,80 @@ def counts(f: Frames) -> str:
         return ""
     one = f.samples[f.samples.configuration == f.samples.configuration.iloc[0]]
     dialogues = len(one[["data_set", "dialogue"]].drop_duplicates())
-    return (
-        f"n = {len(one):,} questions in {dialogues:,} dialogues; {f.study.statistics.confidence:.0%} intervals, "
-        "clustered by dialogue."
-    )
-
-
-def abstract(f: Frames, all_turns, last_turns, ratios, paper: dict) -> list[str]:
-    """Five sentences: what was asked, what NF4 keeps, NF4 vs FP4, what 50 questions would have said, speed."""
-    said = []
-    mine, last = contrasts.vs_full(f, all_turns), contrasts.vs_full(f, last_turns)
-    if len(f.samples):
-        n = f.samples.groupby("configuration").size().iloc[0]
-        said.append(f"{listed(f.configurations.label)} answered {n:,} questions each. {reach(f)}")
-    if "nf4" in mine.index:
-        row = mine.loc["nf4"]
-        keeps = recovered(row.recovery, row.recovery_low, row.recovery_high)
-        said.append(
-            f"NF4 keeps {keeps} of {f.label(f.full)}'s F1{smaller(f, 'nf4')}. {differs(f, row.rename('nf4').pipe(_b))}"
-        )
-    pair = all_turns[(all_turns.a == "nf4") & (all_turns.b == "fp4")]
-    if len(pair):
-        said.append(differs(f, pair.iloc[0]))
-    said += by_chance(f, mine, last)
-    said += speed(f, ratios)
-    return said
-
-
-def _b(row):
-    """A row of `contrasts.vs_full` with its configuration back as column b."""
-    return row.copy().__class__({**row.to_dict(), "b": row.name})
-
-
-def reach(f: Frames) -> str:
-    return f"Every turn of every dialogue is asked ({listed(f.samples.data_set.unique())})."
+    sure = f"{f.study.statistics.confidence:.0%} intervals, clustered by dialogue"
+    return f"n = {len(one):,} questions in {dialogues:,} dialogues; {sure}."
 
 
 def smaller(f: Frames, name: str) -> str:
-    size = f.sizes.allocated
-    if f.full not in size or name not in size or pd.isna(size[name]):
-        return ""
-    megabytes = f"{number(size[name], 0)} vs {number(size[f.full], 0)} MB"
-    return f" in {percent(size[name] / size[f.full])} of its memory ({megabytes})"
+    """ " in 42% of the memory", of the file where no memory was measured."""
+    which = contrasts.measured_size(f)
+    share = f.sizes[which].get(name, np.nan) / f.sizes[which].get(f.full, np.nan)
+    what = "memory" if which == "allocated" else "file size"
+    return "" if pd.isna(share) else f" in {percent(share, 0)} of {f.label(f.full)}'s {what}"
+
+
+def abstract(f: Frames, all_turns, last_turns, ratios, paper: dict) -> list[str]:
+    """Should I use NF4? What it costs and saves, the safest format, FP4 vs NF4, what 50 questions would have said."""
+    mine, full, said = contrasts.vs_full(f, all_turns), f.label(f.full) if f.full else "full precision", []
+    if "nf4" in f.configurations.index:
+        said.append(f"Should I use NF4? {nf4(f, mine, full)}{speed(f, ratios)}")
+    bounds = mine[mine.low.notna()].low.astype(float)
+    if len(bounds):
+        best = bounds.idxmax()
+        loss = points(max(0.0, -bounds[best]), False)
+        said.append(
+            f"Safest of {len(bounds)} formats: {f.label(best)}, at most {loss} F1 points lost (simultaneous "
+            f"{f.study.statistics.confidence:.0%} bound){smaller(f, best)}."
+        )
+    pair = all_turns[(all_turns.a == "nf4") & (all_turns.b == "fp4")]
+    said += [differs(f, row) for _, row in pair.iterrows()]
+    said += by_chance(f, mine, contrasts.vs_full(f, last_turns))
+    return said + ([counts(f)] if len(f.samples) else [])
+
+
+def nf4(f: Frames, mine: pd.DataFrame, full: str) -> str:
+    """What NF4 costs, after the answer that follows from it."""
+    if "nf4" not in mine.index or pd.isna(mine.low["nf4"]):
+        return f"It runs{smaller(f, 'nf4')}; what it does to answers was not measured here."
+    row = mine.loc["nf4"]
+    answer = ANSWERS.get(row.verdict, "n is too small to say what it costs.")
+    answer = f"Yes: its F1 is {row.verdict} of {full}'s." if row.verdict.startswith("equal") else answer
+    keeps = recovered(row.recovery, row.recovery_low, row.recovery_high)
+    value = f"{points(row.difference)} points {interval(row.low, row.high)}"
+    return f"{answer} It keeps {keeps} of {full}'s F1 ({value}){smaller(f, 'nf4')}."
 
 
 def by_chance(f: Frames, mine: pd.DataFrame, last: pd.DataFrame) -> list[str]:
-    """What the paper's design would have reported here, where it contradicts all turns."""
-    odd = [n for n in last.index if last.difference[n] > 0 and mine.difference[n] < 0] if len(last) else []
+    """What the paper's design would have reported here as a gain, where all turns show a loss."""
+    odd = [n for n in last.index if last.difference[n] > 0 and mine.verdict[n] == "below"]
+    odd = [n for n in odd if last.verdict[n] != "above"]
     if not odd:
         return []
-    shown = sorted(odd, key=lambda n: -last.difference[n])[:2]
-    parts = [
-        f"{f.label(n)} {points(last.difference[n], False)} points above {f.label(f.full)} (all turns: "
-        f"{points(mine.difference[n])})"
-        for n in shown
+    name = max(odd, key=lambda n: last.difference[n])
+    row, label, full = last.loc[name], f.label(name), f.label(f.full)
+    return [
+        f"The paper's design, {row.n_questions} last turns and no interval, would have put {label} "
+        f"{points(row.difference, False)} points above {full}. Its interval is {interval(row.low, row.high)}; over all "
+        f"turns {label} loses {points(-mine.difference[name], False)} points."
     ]
-    n = int(last.n_questions.iloc[0])
-    return [f"The paper's design, {n} last turns and no interval, would have reported {listed(parts)}: noise as gain."]
 
 
-def speed(f: Frames, ratios: pd.DataFrame) -> list[str]:
+def speed(f: Frames, ratios: pd.DataFrame) -> str:
     """Decode with NF4 in the mode that repeats best, at the smallest and the largest batch."""
     mode = contrasts.fastest_mode(f, ratios)
-    rows = ratios[(ratios.phase == "decode") & (ratios["mode"] == mode) & (ratios.configuration == "nf4")]
-    rows = rows.sort_values(["batch", "tokens"]).drop_duplicates("batch")
+    rows = ratios[(ratios.configuration == "nf4") & (ratios["mode"] == mode)]
+    rows = contrasts.at(rows, "decode", "batch").reset_index()
     if rows.empty:
-        return []
+        return ""
     ends = rows.iloc[[0, -1]] if len(rows) > 1 else rows
-    parts = [f"{times(row.ratio)} {spread(row)} at batch {row.batch}" for row in ends.itertuples()]
     few = int(rows.processes.min())
-    caution = f" From {few} process{'es' * (few > 1)}: no verdict on speed."
-    if few >= durations.LEAST_PROCESSES:
-        judged = [f"{verdict} at batch {batch}" for verdict, batch in zip(durations.verdicts(ends), ends.batch)]
-        caution = f" Verdict: {listed(judged)}."
-    return [
-        f"One decode step with NF4 takes {listed(parts)} of {f.label(f.full)}'s time "
-        f"({MODES[mode]}, {device(f)}).{caution}"
+    words = durations.verdicts(ends) if few >= durations.LEAST_PROCESSES else [""] * len(ends)
+    parts = [
+        f"{times(row.ratio)} {spread(row)} at batch {row.batch:.0f}{f', {word}' if word else ''}"
+        for row, word in zip(ends.itertuples(), words)
     ]
+    caution = "" if few >= durations.LEAST_PROCESSES else f" From {few} process{'es' * (few > 1)}: no verdict on speed."
+    return f" A decode step takes {'; '.join(parts)} ({MODES[mode]}, {device(f)}).{caution}"
 
 
 def spread(row) -> str:
@@ -230,63 +154,20 @@ def spread(row) -> str:
     return f"[{number(row.ratio_low)}, {number(row.ratio_high)}]" if row.processes > 1 else ""
 
 
-def recommendation(f: Frames, all_turns) -> list[str]:
-    """Should I use NF4? Whether it costs accuracy here, and which format certainly keeps most."""
-    mine = contrasts.vs_full(f, all_turns)
-    said = []
-    if "nf4" in mine.index and pd.notna(mine.recovery_low["nf4"]):
-        row = mine.loc["nf4"]
-        verdict = COSTS.get(row.verdict, "costs no accuracy" if row.verdict.startswith("equal") else None)
-        said.append(f"Should I use NF4? Here it {verdict or 'may or may not cost accuracy: n is too small to say'}.")
-    best = mine[mine.recovery_low.notna()].sort_values("recovery_low", ascending=False)
-    if len(best):
-        name = best.index[0]
-        least = number(best.recovery_low[name], 0)
-        said.append(f"Safest format by the interval's lower end: {f.label(name)}, at least {least}%{smaller(f, name)}.")
-    return said
-
-
-def power(f: Frames, rows: pd.DataFrame) -> list[str]:
-    """Dialogues that would settle what this n does not."""
-    said = []
-    for row in rows[rows.primary].to_dict("records") if len(rows) else []:
-        if row["verdict"] != "n too small to say" or row["reason"]:
-            continue
-        need = sample.needed(row)
-        most = "infinity" if np.isinf(need["most"]) else f"{need['most']:,.0f}"
-        said.append(
-            f"{f.label(row['b'])} vs {f.label(row['a'])}: 80% power for {points(row['detectable'], False)} points at "
-            f"this n. A true difference of {points(row['difference'])} would take about {need['n_dialogues']:,.0f} "
-            f"dialogues ({need['fewest']:,.0f} to {most} over the interval)."
-        )
-    return said
-
-
 def disagreements(f: Frames, all_turns, last_turns) -> list[str]:
-    """Where last turns, the paper's estimand, and all turns say different things."""
+    """Where last turns, the paper's estimand, and all turns say different things, of primary contrasts."""
     if last_turns.empty:
         return []
-    both = all_turns[all_turns.primary].merge(last_turns[last_turns.primary], on=["a", "b"], suffixes=("", "_last"))
-    odd = both[both.verdict != both.verdict_last]
-    said = [
-        f"{f.label(r.b)} vs {f.label(r.a)}: all turns say {r.verdict} ({points(r.difference)}), last turns "
-        f"{r.verdict_last} ({points(r.difference_last)})."
-        for r in odd.itertuples()
-    ]
-    return said or ["All turns and last turns give the same verdicts."]
-
-
-def flips(f: Frames, table: pd.DataFrame) -> list[str]:
-    """How many right answers each 4-bit format loses."""
-    said = []
-    for row in (
-        table[table.lost.notna()].sort_values("lost", ascending=False).head(2).itertuples() if len(table) else []
-    ):
-        said.append(
-            f"{f.label(row.configuration)} loses {number(row.lost, 0)}% of the answers {f.label(f.full)} got right, "
-            f"and turns {number(row.wrong_to_right, 1)}% of all questions from wrong to right."
-        )
-    return said
+    both = all_turns.merge(last_turns, on=["a", "b"], suffixes=("", "_last"))
+    named = both.assign(pair=[f"{f.label(b)} vs {f.label(a)}" for a, b in zip(both.a, both.b)])
+    odd = named[named.verdict != named.verdict_last]
+    few = odd.verdict_last == "n too small to say"
+    said = [f"Last turns are too few to say what all turns do of {listed(odd.pair[few])}."] if few.any() else []
+    return said + [
+        f"{row.pair}: {row.verdict} on all turns ({points(row.difference)}), {row.verdict_last} on last turns "
+        f"({points(row.difference_last)})."
+        for row in odd[~few].itertuples()
+    ] or ["All turns and last turns give the same verdicts."]
 
 
 def redraws(f: Frames, designs: list[dict]) -> list[str]:
@@ -303,33 +184,16 @@ def redraws(f: Frames, designs: list[dict]) -> list[str]:
     return said
 
 
-def perplexities(f: Frames, neighbours: pd.DataFrame) -> list[str]:
-    """The order of perplexities, with the neighbours that it does not separate."""
-    if neighbours.empty:
-        return []
-    ppl = f.tokens[f.tokens.group == "all"].set_index("configuration").ppl
-    order = [neighbours.better.iloc[0], *neighbours.worse]
-    same = [f"{f.label(r.better)} and {f.label(r.worse)}" for r in neighbours[~neighbours.separated].itertuples()]
-    said = [f"Perplexity, best first: {', '.join(f'{f.label(name)} {number(ppl[name])}' for name in order)}."]
-    return said + ([f"Not separated by paired intervals: {'; '.join(same)}."] if same else [])
-
-
-def heterogeneity(f: Frames) -> list[str]:
-    """Whose loss depends on the data (Cochran's test over data sets at the study's level)."""
-    over = contrasts.pooled(f)
+def heterogeneity(f: Frames, over: pd.DataFrame) -> list[str]:
+    """Whose loss depends on the data (Cochran's test over data sets at the study's level), from contrasts.pooled."""
     if over.empty:
         return []
     level = 1 - f.study.statistics.confidence
     depends = [f"{f.label(row.configuration)} (I2 {number(row.i2, 0)}%)" for row in over[over.q_p < level].itertuples()]
     same = [f.label(name) for name in over[over.q_p >= level].configuration]
     said = [f"The loss depends on the data for {listed(depends)}."] if depends else []
-    return said + ([f"No sign that it does for {listed(same)}, over {over.data_sets.max()} data sets."] if same else [])
-
-
-def chance(f: Frames, all_turns, last_turns, paper: dict) -> list[str]:
-    """What the paper's own design would have said here."""
-    said = by_chance(f, contrasts.vs_full(f, all_turns), contrasts.vs_full(f, last_turns))
-    return said + redraws(f, contrasts.designs(f, paper)[:1])
+    sets = over.data_sets.max()
+    return said + ([f"{sets} data sets show no such sign for {listed(same)}."] if same else [])
 
 
 def counted(n: int, verdict: str) -> str:
@@ -342,8 +206,6 @@ def claims(*judged: pd.DataFrame) -> list[str]:
     rows = pd.concat(judged)
     rows["open"] = rows.verdict == "cannot be decided"
     rows = rows.sort_values("open", kind="stable").drop_duplicates("id")
-    said = []
-    for kind, part in rows.groupby("kind", sort=True):
-        by = part.verdict.value_counts()
-        said.append(f"{kind[0].upper()}{kind[1:]}: {', '.join(counted(n, verdict) for verdict, n in by.items())}.")
-    return said
+    kinds = rows.groupby("kind").verdict.value_counts(sort=False).groupby(level=0)
+    parts = {kind: [counted(n, word) for (_, word), n in part.items()] for kind, part in kinds}
+    return [f"{kind[0].upper()}{kind[1:]}: {', '.join(words)}." for kind, words in parts.items()]

@@ -60,29 +60,47 @@ def with_interval(frame: pd.DataFrame, value: str, low: str, high: str, form=poi
     return pd.Series(texts, index=frame.index, dtype=object)
 
 
-def say(*sentences: str) -> None:
-    """Paragraphs; every sentence is escaped."""
-    display(HTML("".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences if sentence)))
+def lines(value) -> str:
+    """Parts of a sentence on lines of their own; the page keeps line breaks in cells."""
+    return value.replace("; ", ";\n") if isinstance(value, str) else NONE
+
+
+def link(text: str, address: str) -> str:
+    """What `show` turns into a link, in a column that it is told holds links."""
+    return f'<a href="{html.escape(address)}">{html.escape(text)}</a>'
+
+
+def say(*sentences: str, kind: str = "") -> None:
+    """Paragraphs; every sentence is escaped. kind: note (small print) or warning."""
+    start = f'<p class="{kind}">' if kind else "<p>"
+    display(HTML("".join(f"{start}{html.escape(sentence)}</p>" for sentence in sentences if sentence)))
 
 
 def note(*sentences: str) -> None:
-    """Small print."""
-    display(HTML("".join(f'<p class="note">{html.escape(sentence)}</p>' for sentence in sentences if sentence)))
-
-
-def warn(*sentences: str) -> None:
-    """What the reader must know before the numbers."""
-    display(HTML("".join(f'<p class="warning">{html.escape(sentence)}</p>' for sentence in sentences if sentence)))
+    say(*sentences, kind="note")
 
 
 def bullets(sentences: list[str]) -> None:
     display(HTML("<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences) + "</ul>"))
 
 
-def show(frame: pd.DataFrame, missing: str = "Not measured in this study.", **forms) -> None:
-    """A table without its index; `forms` maps columns to functions that write their values. Every cell is escaped."""
+def show(frame: pd.DataFrame, missing: str = "Not measured in this study.", links: str = "", **forms) -> None:
+    """A table without its index and without columns that hold nothing. `forms` maps columns to functions that write
+    their values; every cell is escaped but those of the column `links`, which `link` wrote."""
     if frame.empty:
         return note(missing)
-    form = {name: function for name, function in forms.items() if name in frame}
-    table = frame.to_html(index=False, escape=True, border=0, classes="study", na_rep=NONE, formatters=form)
-    display(HTML(table))
+
+    def cell(name: str, value) -> str:
+        text = forms[name](value) if name in forms else plain(value)
+        return text if name == links else html.escape(text)
+
+    table = pd.DataFrame({html.escape(str(name)): [cell(name, value) for value in frame[name]] for name in frame})
+    table = table.loc[:, (table != NONE).any()]
+    raw = dict.fromkeys(table, str)  # pandas would write a line break as two letters
+    display(HTML(table.to_html(index=False, escape=False, border=0, classes="study", formatters=raw)))
+
+
+def plain(value) -> str:
+    if value is None or value is pd.NaT or value != value:
+        return NONE
+    return f"{value:,.6g}".replace("-", "\N{MINUS SIGN}") if isinstance(value, float) else str(value)

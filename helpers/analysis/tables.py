@@ -1,26 +1,24 @@
-"""Tables out of a result's data, one function a table; helpers/analysis/frames.py says what their columns mean."""
+"""Tables out of a result's data, one function a table; helpers/analysis/frames.py says what their columns mean.
+
+`measured` is a list of (configuration, process, data) of every finished benchmark; others map configurations to data.
+"""
 
 import pandas as pd
 
-LARGEST = ["budget_gib", "mode", "batch", "fails_at", "tokens_per_second", "reason"]
-ENERGY = ["mode", "batch", "seconds", "joules_per_token", "watts"]
-PROFILE = ["mode", "batch", "what", "ms", "share", "kernels", "gb_per_second"]
-AGREEMENT = ["mode", "tokens", "identical"]
-TOKEN = ["tokens", "ppl_full", "ppl", "ln_ratio", "ln_low", "ln_high", "p", "kl", "kl_low", "kl_high", "kl_median"]
-TOKEN += ["kl_p99", "kl_max", "agreement", "agreement_low", "agreement_high"]
-TIME = ["tokens_per_second", "limit_ms", "percent_of_limit", "gb_per_second", "build_seconds"]
-DIALOGUE = {"tokens": "count", "nll_full": "nll_full", "nll": "nll", "kl": "kl"}
-
-
-def scores(evaluations: dict) -> pd.DataFrame:
-    rows = []
-    for name, data in evaluations.items():
-        for task, found in data["tasks"].items():
-            for metric, value in found.items():
-                if isinstance(value, float) and not metric.endswith("stderr"):
-                    stderr = found.get(f"{metric}_stderr")
-                    rows.append((name, task, metric, value, stderr, found.get("questions")))
-    return pd.DataFrame(rows, columns=["configuration", "task", "metric", "value", "stderr", "questions"])
+PHASES = {"prefill": "prefill", "decode": "decode", "time_to_first_token": "first token"}
+LISTS = {  # table -> where its rows are in a benchmark, what is renamed, its columns
+    "largest": ("largest_batch", {"fails_at": "fails"}, "budget_gib mode batch fails_at tokens_per_second reason"),
+    "energy": ("energy.rows", {"watts": "mean_watts"}, "mode batch seconds joules_per_token watts"),
+    "profile": ("profile", {"ms": "ms_per_step"}, "mode batch what ms share kernels gb_per_second"),
+    "agreement": ("agreement", {}, "mode tokens identical"),
+}
+TIME = "configuration process phase mode batch tokens ms q25 q75 n tokens_per_second limit_ms gb_per_second"
+TOKEN = "tokens ppl_full ppl ln_ratio ln_low ln_high p kl kl_low kl_high kl_median kl_p99 kl_max"
+PERPLEXITY = {"ppl_full": "full", "ppl": "quantized", "ln_low": "ci_low", "ln_high": "ci_high"}
+SIZES = {"reported": "reported_footprint_mb", "state": "quantization_state_mb", "linear": "linear_layers_mb"}
+SIZES |= {key: f"{key}_mb" for key in ("allocated", "tensors", "checkpoint")}
+SIZES |= {key: f"{key}_mb" for key in ("peak_load", "peak_prefill", "peak_decode")}
+NOISE = "kind seed relative_squared_error ln_ratio ln_low ln_high f1 f1_low f1_high"
 
 
 def dig(values, path: str):
@@ -29,72 +27,64 @@ def dig(values, path: str):
     return values
 
 
-def table(rows: list[dict], columns: list[str]) -> pd.DataFrame:
+def pick(row: dict, columns: str, renamed: dict | None = None) -> dict:
+    """Some keys of a row, by the names of their columns; what is missing is None."""
+    return {name: row.get((renamed or {}).get(name, name)) for name in columns.split()}
+
+
+def table(rows: list[dict], columns: str) -> pd.DataFrame:
     """Rows as a table with exactly these columns; numbers with gaps are floats with NaN."""
-    found = pd.DataFrame(rows).reindex(columns=columns)
+    found = pd.DataFrame(rows).reindex(columns=columns.split())
     for name in found.columns[[found[c].dtype == object for c in found]]:
         if found[name].notna().any() and found[name].dropna().map(lambda v: isinstance(v, int | float)).all():
             found[name] = found[name].astype(float)
     return found
 
 
-def rows(measured: dict, path: str, renamed: dict, columns: list[str]) -> pd.DataFrame:
+def scores(evaluations: dict) -> pd.DataFrame:
+    rows = [
+        {"configuration": name, "task": task, "metric": metric, "value": value}
+        | {"stderr": found.get(f"{metric}_stderr"), "questions": found.get("questions")}
+        for name, data in evaluations.items()
+        for task, found in data["tasks"].items()
+        for metric, value in found.items()
+        if isinstance(value, float) and not metric.endswith("stderr")
+    ]
+    return table(rows, "configuration task metric value stderr questions")
+
+
+def listed(measured: list, name: str) -> pd.DataFrame:
     """A list of rows in every benchmark, as one table with configuration and process."""
-    found = [
-        {"configuration": name, "process": process} | {renamed.get(k, k): v for k, v in row.items()}
-        for name, processes in measured.items()
-        for process, data in processes
+    path, renamed, columns = LISTS[name]
+    rows = [
+        {"configuration": name, "process": process} | pick(row, columns, renamed)
+        for name, process, data in measured
         for row in (dig(data, path) if isinstance(dig(data, path), list) else [])
     ]
-    return table(found, ["configuration", "process", *columns])
+    return table(rows, f"configuration process {columns}")
 
 
-def times(measured: dict) -> pd.DataFrame:
+def times(measured: list) -> pd.DataFrame:
     rows = []
-    for name, processes in measured.items():
-        for process, data in processes:
-            for part, phase in (("prefill", "prefill"), ("decode", "decode"), ("time_to_first_token", "first token")):
-                unit = "ms_per_token" if phase == "decode" else "ms"
-                for row in data.get(part) or []:
-                    if row.get(f"median_{unit}") is None:
-                        continue
-                    rows.append(
-                        {
-                            "configuration": name,
-                            "process": process,
-                            "phase": phase,
-                            "mode": row["mode"],
-                            "batch": row["batch"],
-                            "tokens": row.get("tokens") or row.get("prompt_tokens"),
-                            "ms": row[f"median_{unit}"],
-                            "q25": row.get(f"q25_{unit}"),
-                            "q75": row.get(f"q75_{unit}"),
-                            "n": row.get("n"),
-                            "gb_per_second": row.get("achieved_gb_per_second"),
-                            **{key: row.get(key) for key in TIME if key != "gb_per_second"},
-                        }
-                    )
-    head = ["configuration", "process", "phase", "mode", "batch", "tokens", "ms", "q25", "q75", "n"]
-    found = table(rows, [*head, *TIME])
-    found["percent_of_limit"] = 100 * found.limit_ms.astype(float) / found.ms.astype(float)
-    return found
+    for name, process, data in measured:
+        for part, phase in PHASES.items():
+            unit = "ms_per_token" if phase == "decode" else "ms"
+            renamed = {"ms": f"median_{unit}", "q25": f"q25_{unit}", "q75": f"q75_{unit}"}
+            renamed |= {"gb_per_second": "achieved_gb_per_second"}
+            for row in data.get(part) or []:
+                where = {"configuration": name, "process": process, "phase": phase}
+                tokens = row.get("tokens") or row.get("prompt_tokens")
+                rows.append(pick(row, f"{TIME} build_seconds", renamed) | where | {"tokens": tokens})
+    found = table([row for row in rows if row["ms"] is not None], f"{TIME} build_seconds")
+    return found.assign(percent_of_limit=100 * found.limit_ms.astype(float) / found.ms.astype(float))
 
 
-def sizes(benchmarks: dict) -> pd.DataFrame:
-    names = {
-        "reported": "reported_footprint_mb",
-        "allocated": "allocated_mb",
-        "tensors": "tensors_mb",
-        "state": "quantization_state_mb",
-        "linear": "linear_layers_mb",
-        "checkpoint": "checkpoint_mb",
-        "peak_load": "peak_load_mb",
-        "peak_prefill": "peak_prefill_mb",
-        "peak_decode": "peak_decode_mb",
-        "kv_bytes": "kv_cache_bytes_per_token",
-    }
-    rows = {name: {k: data["memory"].get(key) for k, key in names.items()} for name, data in benchmarks.items()}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=list(names), dtype=float)
+def sizes(benchmarks: dict, checkpoints: dict) -> pd.DataFrame:
+    """checkpoints: MiB on disk, known without a benchmark."""
+    renamed = SIZES | {"kv_bytes": "kv_cache_bytes_per_token"}
+    rows = {name: {"checkpoint": size} for name, size in checkpoints.items()}
+    rows |= {name: pick(data["memory"], " ".join(renamed), renamed) for name, data in benchmarks.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list(renamed)).astype(float)
 
 
 def tokens(fidelity: dict) -> pd.DataFrame:
@@ -102,46 +92,39 @@ def tokens(fidelity: dict) -> pd.DataFrame:
     for name, data in fidelity.items():
         for group, ppl in data["perplexity"].items():
             kl = data["kl"] if group == "all" else data["kl"]["by_group"].get(group, {})
-            interval = (kl.get("intervals") or {}).get("mean") or {}
-            agreement = data.get("agreement_interval") or {}
-            rows.append(
-                {
-                    "configuration": name,
-                    "group": group,
-                    "tokens": ppl["tokens"],
-                    "ppl_full": ppl["full"],
-                    "ppl": ppl["quantized"],
-                    "ln_ratio": ppl["ln_ratio"],
-                    "ln_low": ppl["ci_low"],
-                    "ln_high": ppl["ci_high"],
-                    "p": ppl.get("p"),
-                    "kl": kl.get("mean"),
-                    "kl_low": interval.get("ci_low"),
-                    "kl_high": interval.get("ci_high"),
-                    **{f"kl_{key}": kl.get(key) for key in ("median", "p99", "max")},
-                    "agreement": data["agreement"] if group == "all" else None,
-                    "agreement_low": agreement.get("ci_low") if group == "all" else None,
-                    "agreement_high": agreement.get("ci_high") if group == "all" else None,
-                }
-            )
-    return table(rows, ["configuration", "group", *TOKEN])
+            row = {"configuration": name, "group": group} | pick(ppl, TOKEN, PERPLEXITY)
+            row |= {f"kl_{key}": kl.get(key) for key in ("median", "p99", "max")} | {"kl": kl.get("mean")}
+            row |= {f"kl_{side}": dig(kl, f"intervals.mean.ci_{side}") for side in ("low", "high")}
+            if group == "all":
+                row |= {"agreement": data["agreement"]}
+                row |= {f"agreement_{side}": dig(data, f"agreement_interval.ci_{side}") for side in ("low", "high")}
+            rows.append(row)
+    return table(rows, f"configuration group {TOKEN} agreement agreement_low agreement_high")
+
+
+def texts(fidelity: dict) -> pd.DataFrame:
+    columns = "file windows tokens ppl_full ppl ln_ratio ln_low ln_high kl reason"
+    rows = [
+        {"configuration": name} | pick(data["text"], columns, PERPLEXITY)
+        for name, data in fidelity.items()
+        if data.get("text")
+    ]
+    return table(rows, f"configuration {columns}")
 
 
 def confidence(fidelity: dict) -> pd.DataFrame:
+    columns = "low high tokens kl agreement"
     rows = [
-        {"configuration": name, "low": row["low"], "high": row["high"], "tokens": row["count"]}
-        | {key: row.get(key) for key in ("kl", "agreement")}
+        {"configuration": name} | pick(row, columns, {"tokens": "count"})
         for name, data in fidelity.items()
         for row in data["kl"].get("by_confidence") or []
     ]
-    return table(rows, ["configuration", "low", "high", "tokens", "kl", "agreement"])
-
-
-FLOOR = ["kind", "detail", "kl", "kl_median", "kl_p99", "kl_max", "agreement", "ln_ratio"]
+    return table(rows, f"configuration {columns}")
 
 
 def floor(fidelity: dict) -> pd.DataFrame:
-    return table([row for data in fidelity.values() for row in data.get("floor") or []], FLOOR)
+    floors = [data["floor"] for data in fidelity.values() if isinstance(data.get("floor"), list)]
+    return table([row for rows in floors for row in rows], "kind detail kl kl_median kl_p99 kl_max agreement ln_ratio")
 
 
 def dialogues(fidelity: dict) -> pd.DataFrame:
@@ -149,61 +132,51 @@ def dialogues(fidelity: dict) -> pd.DataFrame:
     for name, data in fidelity.items():
         for row in data["per_dialogue"]:
             groups = [row[g] for g in ("story", "answers") if row.get(g)]
-            sums = {k: sum(g[key] for g in groups) for k, key in DIALOGUE.items()}
-            rows.append(
-                {"configuration": name, "data_set": row.get("data_set", "dialogues"), "dialogue": str(row["id"])} | sums
-            )
-    return table(rows, ["configuration", "data_set", "dialogue", *DIALOGUE])
+            sums = {key: sum(g[key] for g in groups) for key in ("count", "nll_full", "nll", "kl")}
+            where = {"data_set": row.get("data_set", "dialogues"), "dialogue": str(row["id"])}
+            rows.append({"configuration": name} | where | {"tokens": sums.pop("count")} | sums)
+    return table(rows, "configuration data_set dialogue tokens nll_full nll kl")
 
 
 def formats(weights: dict, fidelity: dict) -> pd.DataFrame:
-    rows = {name: dict(row, comparable=True) for name, row in (dig(weights, "weights.formats") or {}).items()}
+    rows = {name: row | {"comparable": True} for name, row in (dig(weights, "weights.formats") or {}).items()}
     for name, data in fidelity.items():
-        for row in ((dig(data, "weights.formats") or {}).get(name),):
-            if row and name not in rows:
-                rows[name] = dict(row, comparable=name != "awq" and row.get("relative_squared_error") is not None)
+        row = (dig(data, "weights.formats") or {}).get(name)
+        if row and name not in rows:
+            rows[name] = row | {"comparable": name != "awq" and row.get("relative_squared_error") is not None}
     columns = ["relative_squared_error", "sqnr_db", "dtype", "comparable"]
     return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
 
 
 def layers(weights: dict) -> pd.DataFrame:
-    shape = {"ks_distance": "ks_distance", "excess_kurtosis": "excess_kurtosis"}
+    columns = "layer kind depth weights ks_distance excess_kurtosis distinct_values"
     rows = [
-        {k: layer[k] for k in ("layer", "kind", "depth", "weights")}
-        | {k: layer.get(key) for k, key in shape.items()}
-        | {"distinct_values": layer.get("distinct_values_per_block"), "format": name, "relative_squared_error": error}
+        pick(layer, columns, {"distinct_values": "distinct_values_per_block"})
+        | {"format": name, "relative_squared_error": error}
         for layer in dig(weights, "weights.layers") or []
         for name, error in layer["errors"].items()
     ]
-    columns = ["layer", "kind", "depth", "weights", *shape, "distinct_values", "format", "relative_squared_error"]
-    return table(rows, columns)
+    return table(rows, f"{columns} format relative_squared_error")
 
 
 def noise(noise: dict) -> pd.DataFrame:
     rows = [{"kind": "nf4", "seed": None} | noise["nf4"]] if noise.get("nf4") else []
-    rows += [{"kind": row.get("kind", "layer")} | row for row in noise.get("seeds") or []]
+    rows += [{"kind": "layer"} | row for row in noise.get("seeds") or []]
     for row in rows:
-        for key, short in (("log_ppl_ratio", "ln"), ("f1", "f1")):
+        for key, short, value in (("log_ppl_ratio", "ln", "ln_ratio"), ("f1", "f1", "f1")):
             found = row.pop(key, None) or {}
-            row["ln_ratio" if short == "ln" else "f1"] = found.get("difference")
             row |= {f"{short}_low": found.get("ci_low"), f"{short}_high": found.get("ci_high")}
-    columns = ["kind", "seed", "relative_squared_error", "ln_ratio", "ln_low", "ln_high", "f1", "f1_low", "f1_high"]
-    return table(rows, columns)
+            row[value] = found.get("difference")
+    return table(rows, NOISE)
 
 
-def hardware(measured: dict) -> pd.DataFrame:
+def hardware(measured: list) -> pd.DataFrame:
+    renamed = {"device": "name", "gb_per_second": "copy_bandwidth_gb_per_second", "tflops": "matmul_tflops"}
     rows = [
-        {
-            "configuration": name,
-            "process": process,
-            "device": data["hardware"].get("name"),
-            "gb_per_second": data["hardware"].get("copy_bandwidth_gb_per_second"),
-            "tflops": data["hardware"].get("matmul_tflops"),
-            "dtype": data.get("dtype"),
-            "warnings": dig(data, "conditions.warnings") or [],
-        }
-        for name, processes in measured.items()
-        for process, data in processes
+        {"configuration": name, "process": process}
+        | pick(data["hardware"], " ".join(renamed), renamed)
+        | {"dtype": data.get("dtype"), "warnings": "; ".join(dig(data, "conditions.warnings") or [])}
+        for name, process, data in measured
         if data.get("hardware")
     ]
-    return table(rows, ["configuration", "process", "device", "gb_per_second", "tflops", "dtype", "warnings"])
+    return table(rows, f"configuration process {' '.join(renamed)} dtype warnings")

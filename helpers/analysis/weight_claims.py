@@ -16,27 +16,19 @@ DISTANCES = (0.01, 0.02, 0.03)  # Kolmogorov-Smirnov distances to show: no cut d
 def noise_helps(facts):
     rows = facts.f.noise
     rows = rows[rows.seed.notna()] if len(rows) else rows
-    found = {
-        what: rows[rows[f"{key}_low"].notna()]
-        for what, key in (("perplexity", "ln"), ("F1", "f1"))
-        if len(rows) and rows[f"{key}_low"].notna().any()
-    }
-    if not found:
-        raise NotMeasured("noise on the weights was not tried in this study, or has no interval")
     better, worse, parts = [], [], []
-    if "perplexity" in found:
-        ln = found["perplexity"]
-        better.append((ln.ln_high < 0).all())
-        worse.append((ln.ln_low > 0).all())
-        low, high = np.exp([ln.ln_ratio.min(), ln.ln_ratio.max()])
-        parts.append(f"perplexity {times(low)} to {times(high)}")
-    if "F1" in found:
-        f1 = found["F1"]
-        better.append((f1.f1_low > 0).all())
-        worse.append((f1.f1_high < 0).all())
-        parts.append(f"F1 {points(f1.f1.min())} to {points(f1.f1.max())} points")
+    for sign, low, high, value in ((-1, "ln_low", "ln_high", "ln_ratio"), (1, "f1_low", "f1_high", "f1")):
+        known = rows[rows[low].notna()] if len(rows) else rows
+        if len(known):
+            better.append((known[low] > 0).all() if sign > 0 else (known[high] < 0).all())
+            worse.append((known[high] < 0).all() if sign > 0 else (known[low] > 0).all())
+            ends = known[value].min(), known[value].max()
+            texts = map(points, ends) if sign > 0 else map(times, np.exp(ends))
+            parts.append(f"{'F1 points' if sign > 0 else 'perplexity'} {' to '.join(texts)} in {len(known)} draws")
+    if not parts:
+        raise NotMeasured("noise on the weights was not tried in this study, or has no interval")
     verdict = HOLDS if any(better) and not any(worse) else FAILS if any(worse) and not any(better) else OPEN
-    return Verdict(verdict, f"with noise of NF4's size, {len(rows)} seeds, vs none: {', '.join(parts)}")
+    return Verdict(verdict, f"with noise of NF4's squared error, vs none: {', '.join(parts)}")
 
 
 def fp4_is_uniform(facts):

@@ -13,10 +13,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine import byte_tokenizer, choices, requests, small  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
+from engine import byte_tokenizer, choices, requests, small
+from lm_eval.models.huggingface import HFLM
 
-from helpers.evaluate.hf_dialogue import HFDialogue  # noqa: E402
+from helpers.evaluate.hf_dialogue import HFDialogue
 
 WORDS = ["the ", "cat ", "Q: ", "\n", "A:", "blue ", "é", "日本 ", "0", " ", "\n\nQ:", "and so on " * 8, "x" * 70]
 STOPS = [["\nQ:"], ["e"], [" "], ["\n", "A"], [], ["\n\n"], ["é"], ["xx", "0"]]

@@ -140,7 +140,7 @@ def run(lm: HFLM, task: str, manager: TaskManager, max_gen_toks: int, device: st
             tasks=[task],
             task_manager=manager,
             bootstrap_iters=0,
-            gen_kwargs={"max_gen_toks": max_gen_toks},
+            gen_kwargs={"max_gen_toks": max_gen_toks} if task in (TURNS, LAST) else None,
             verbosity="ERROR",
         )
     samples = sorted(found["samples"][task], key=lambda s: s["doc_id"])

@@ -1,24 +1,26 @@
-"""Stock lm-eval and hf-dialogue side by side: the same dialogues, the same weights in memory, one process.
+"""Stock lm-eval and hf-dialogue side by side: the same requests, the same weights in memory, one process.
 
-Run by `make bench-eval STUDY=... LIMIT=...`; writes executed/STUDY/bench_eval.json (--tasks coqa_last_turns:
-bench_eval_last_turns.json) and exits with 1 if a target is missed:
+Run by `make bench-eval STUDY=... LIMIT=...`; writes executed/STUDY/bench_eval.json (without coqa_turns among --task:
+bench_eval_TASKS.json) and exits with 1 if a target is missed:
 
-- seconds per question of coqa_turns, stock over hf-dialogue: at least 12 on a CPU, 50 on a GPU; - of coqa_last_turns,
-which is what stock `coqa` asks and shares nothing: at least 4; - in float32 the same predictions, F1 and EM; else
-every differing prediction is listed with the logit gap where the two part (a CPU with
-  AVX512-BF16 counts as "else" for 4-bit weights: bitsandbytes' kernel for it rounds to bfloat16);
+- seconds per question, stock over hf-dialogue (`TARGETS`): of coqa_turns, where a turn's prompt is the beginning of the
+  next; of coqa_last_turns, which is what stock `coqa` asks and shares nothing; of few_shot_choices, log-likelihoods
+  under a header of five shots, as MMLU has them; of few_shot_answers, longer answers under one header, as GSM8K has
+  them (tests/tasks);
+- in float32 the same predictions and scores; else every differing prediction is listed with the logit gap where the two
+  part (a CPU with AVX512-BF16 counts as "else" for 4-bit weights: bitsandbytes' kernel for it rounds to bfloat16);
 - peak memory no more than stock's at the same batch size (on a GPU hf-dialogue takes no batch size and finds its own;
---contexts lets it
-  hold more of the longest contexts than the batch size on a CPU).
+  --contexts lets it hold more of the longest contexts than the batch size on a CPU).
 
 `prefill_bound` is the ratio that would be reached if generation cost nothing: stock's seconds over hf-dialogue's
-prefill alone.
+prefill alone. On a GPU transformers' own `generate_batch` (prefix sharing, CUDA graphs) answers the CoQA tasks as well:
+told to stop at any token with a newline, which cuts answers that begin with one, so only its time is compared.
 
-Stock gets the batch size at which it answers the last turns fastest (`--stock-batch-sizes`). A machine that slows
-down or speeds up meanwhile should favour neither side: on the last turns, which a GPU answers in a second, the two
-take turns (`--rounds`), and on coqa_turns hf-dialogue runs before and after stock. Compared are the medians (of two
-runs: their mean); every run's seconds are kept. Seconds are those of `generate_until`, tokenization included; scoring
-is lm-eval's own on both sides and comes on top (`scoring_seconds`)."""
+Stock gets the batch size at which it is fastest (`--stock-batch-sizes`; on coqa_turns the one of the last turns). A
+machine that slows down or speeds up meanwhile should favour neither side: the two take turns (`--rounds`), and on
+coqa_turns hf-dialogue runs before and after stock. Compared are the medians (of two runs: their mean); every run's
+seconds are kept. Seconds are those of `generate_until` and `loglikelihood`, tokenization included; scoring is lm-eval's
+own on both sides and comes on top (`scoring_seconds`)."""
 
 import argparse
 import gc
@@ -38,15 +40,18 @@ from bitsandbytes.functional import has_avx512bf16  # noqa: E402
 from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
+from transformers import GenerationConfig  # noqa: E402
 
 from helpers import StudyError, params, results  # noqa: E402
 from helpers.evaluate.hf_dialogue import HFDialogue  # noqa: E402
 from helpers.setup import models  # noqa: E402
 from helpers.setup.device import trim  # noqa: E402
 
-TURNS, LAST = "coqa_turns", "coqa_last_turns"
-TARGET_TURNS = {"cpu": 12, "cuda": 50}
-TARGET_LAST = 4
+TURNS, LAST, CHOICES, ANSWERS = "coqa_turns", "coqa_last_turns", "few_shot_choices", "few_shot_answers"
+TARGETS = {
+    "cpu": {TURNS: 12, LAST: 4, CHOICES: 2, ANSWERS: 2},
+    "cuda": {TURNS: 60, LAST: 4, CHOICES: 3, ANSWERS: 3},
+}
 MIB = 2**20
 
 
@@ -96,17 +101,38 @@ def first_line(text: str) -> str:
     return text.strip().split("\n")[0].strip()
 
 
+class Continuous(HFLM):
+    """transformers' continuous batching as an lm-eval model, at its own defaults; an answer ends with its line."""
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        newline = [n for n in range(len(self.tokenizer)) if "\n" in self.tokenizer.decode([n])]
+        length = max(request.args[1]["max_gen_toks"] for request in requests)
+        settings = GenerationConfig(
+            max_new_tokens=length, do_sample=False, eos_token_id=[self.eot_token_id, *newline], pad_token_id=0
+        )
+        found = self.model.generate_batch([self.tok_encode(r.args[0]) for r in requests], generation_config=settings)
+        # Requests are numbered in their order.
+        found = sorted(found.values(), key=lambda output: int(output.request_id.rpartition("_")[2]))
+        return [self.tok_decode(output.generated_tokens) for output in found]
+
+
 def run(lm: HFLM, task: str, manager: TaskManager, max_gen_toks: int, device: str) -> dict:
     """One evaluation: seconds, predictions, scores, peak memory."""
-    answer, spent = type(lm).generate_until, []
+    spent = []
 
-    def timed(requests, **options):
-        start = time.perf_counter()
-        found = answer(lm, requests, **options)
-        spent.append(time.perf_counter() - start)
-        return found
+    def timed(name: str):
+        method = getattr(lm, name)
 
-    lm.generate_until = timed
+        def call(*arguments, **options):
+            start = time.perf_counter()
+            found = method(*arguments, **options)
+            spent.append(time.perf_counter() - start)
+            return found
+
+        return call
+
+    for name in ("generate_until", "loglikelihood"):
+        setattr(lm, name, timed(name))
     start = time.perf_counter()
     with Peak(device) as peak:
         found = simple_evaluate(
@@ -114,25 +140,27 @@ def run(lm: HFLM, task: str, manager: TaskManager, max_gen_toks: int, device: st
             tasks=[task],
             task_manager=manager,
             bootstrap_iters=0,
-            gen_kwargs={"max_gen_toks": max_gen_toks},
+            gen_kwargs={"max_gen_toks": max_gen_toks} if task in (TURNS, LAST) else None,
             verbosity="ERROR",
         )
     samples = sorted(found["samples"][task], key=lambda s: s["doc_id"])
+    scores = {k.removesuffix(",none"): v for k, v in found["results"][task].items() if k.endswith(",none")}
     return {
         "questions": len(samples),
         "seconds": sum(spent),
         "seconds_per_question": sum(spent) / len(samples),
         "scoring_seconds": time.perf_counter() - start - sum(spent),
-        "f1": found["results"][task]["f1,none"],
-        "em": found["results"][task]["em,none"],
+        "scores": scores,
         "memory_before_mib": peak.before,
         "peak_mib": peak.highest,
         "samples": samples,
     }
 
 
-def text_of(sample: dict) -> str:
-    return sample["resps"][0][0]
+def prediction(sample: dict) -> str | int:
+    """An answer's first line, or the likeliest choice."""
+    said = [response[0] for response in sample["resps"]]
+    return first_line(said[0]) if isinstance(said[0], str) else max(range(len(said)), key=lambda n: said[n][0])
 
 
 @torch.inference_mode()
@@ -159,10 +187,15 @@ def compare(stock: dict, mine: dict, lm: HFDialogue) -> dict:
     pairs = list(zip(stock["samples"], mine["samples"], strict=True))
     different = []
     for n, (theirs, ours) in enumerate(pairs):
-        if first_line(text_of(theirs)) != first_line(text_of(ours)):
-            gap = parting(lm, ours["arguments"][0][0], lm.generated[n], text_of(theirs))
-            doc = {k: ours["doc"][k] for k in ("id", "turn")}
-            different.append(doc | {"stock": first_line(text_of(theirs)), "dialogue": first_line(text_of(ours))} | gap)
+        wanted, said = prediction(theirs), prediction(ours)
+        if wanted == said:
+            continue
+        if isinstance(said, str):
+            gap = parting(lm, ours["arguments"][0][0], lm.generated[n], theirs["resps"][0][0])
+        else:
+            gap = {"gap": abs(theirs["resps"][wanted][0][0] - theirs["resps"][said][0][0])}
+        doc = {k: ours["doc"][k] for k in ("id", "turn") if k in ours["doc"]} or {"doc": ours["doc_id"]}
+        different.append(doc | {"stock": wanted, "dialogue": said} | gap)
     return {"identical_share": 1 - len(different) / len(pairs), "different": different}
 
 
@@ -171,37 +204,48 @@ def bench(study, name: str, limit: int, sizes: list[int], tasks: list[str], roun
     model, tokenizer, info = models.load(study, configuration)
     device, longest = info["device"], study.evaluation.max_gen_toks
     manager = TaskManager(
-        include_path=str(ROOT / "helpers" / "tasks"),
+        include_path=[str(ROOT / "helpers" / "tasks"), str(ROOT / "tests" / "tasks")],
+        include_defaults=False,
         metadata={"source": study.data.source, "dialogues": limit, "data_revision": study.data.revision},
     )
 
-    def stock(size: int, task: str) -> dict:
-        return run(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size), task, manager, longest, device) | {
-            "batch_size": size
-        }
+    def stock(size: int, task: str, kind: type[HFLM] = HFLM) -> dict:
+        lm = kind(pretrained=model, tokenizer=tokenizer, batch_size=size)
+        return run(lm, task, manager, longest, device) | {"batch_size": size}
 
     def mine(task: str, size: int) -> tuple[dict, HFDialogue]:
-        lm = HFDialogue(pretrained=model, tokenizer=tokenizer, answer_line=True, batch_size=size, contexts=contexts)
+        line = task in (TURNS, LAST)  # whose metric reads no further
+        lm = HFDialogue(pretrained=model, tokenizer=tokenizer, answer_line=line, batch_size=size, contexts=contexts)
         return run(lm, task, manager, longest, device) | {"engine": lm.report()}, lm
 
+    found, best = {}, {}
     mine(LAST, sizes[0])  # warm-up of both sides' kernels: they are the same
-    tried = [stock(size, LAST) for size in sizes]
-    best = min(tried, key=lambda r: r["seconds"])
-    size = best["batch_size"]
-    last, lm = mine(LAST, size)
-    ours, theirs = [last], [best]
-    for _ in range(rounds - 1):
-        theirs.append(stock(size, LAST))
-        last, lm = mine(LAST, size)
-        ours.append(last)
-    found = {LAST: pair(theirs, ours, lm)}
-    found[LAST]["stock_by_batch_size"] = {r["batch_size"]: {k: r[k] for k in ("seconds", "peak_mib")} for r in tried}
-    if TURNS in tasks:
-        before, _ = mine(TURNS, size)
-        theirs = stock(size, TURNS)
-        after, lm = mine(TURNS, size)
-        found[TURNS] = pair([theirs], [before, after], lm)
-        asked = [s for s in after["samples"] if s["doc"]["last_turn"]]
+    for task in [LAST, *(task for task in tasks if task != LAST)]:
+        if task == TURNS:
+            size = best[LAST]["batch_size"]
+            before, _ = mine(TURNS, size)
+            theirs = [stock(size, TURNS)]
+            after, lm = mine(TURNS, size)
+            ours = [before, after]
+            asked = [s for s in after["samples"] if s["doc"]["last_turn"]]
+        else:
+            tried = [stock(size, task) for size in sizes]
+            best[task] = min(tried, key=lambda r: r["seconds"])
+            size = best[task]["batch_size"]
+            (last, lm), theirs = mine(task, size), [best[task]]
+            ours = [last]
+            for _ in range(rounds - 1):
+                theirs.append(stock(size, task))
+                last, lm = mine(task, size)
+                ours.append(last)
+        found[task] = pair(theirs, ours, lm)
+        if task != TURNS:
+            by_size = {r["batch_size"]: {k: r[k] for k in ("seconds", "peak_mib")} for r in tried}
+            found[task]["stock_by_batch_size"] = by_size
+        if device == "cuda" and task in (TURNS, LAST):
+            peer = stock(1, task, Continuous)
+            found[task]["generate_batch"] = {k: peer[k] for k in ("seconds", "peak_mib", "scores")}
+    if TURNS in found:
         # The same questions within a run of all turns: what the report calls the stock task's score.
         found["last_turns_of_all"] = {metric: sum(s[metric] for s in asked) / len(asked) for metric in ("f1", "em")}
     found_all = {"loading": info, "arithmetic": arithmetic(configuration, info), "tasks": found}
@@ -239,16 +283,14 @@ def pair(stock: list[dict], mine: list[dict], lm: HFDialogue) -> dict:
 def missed(found: dict) -> list[str]:
     """The targets that this run did not reach, in words."""
     out = []
-    for task, target in ((TURNS, TARGET_TURNS[found["loading"]["device"]]), (LAST, TARGET_LAST)):
+    for task, target in TARGETS[found["loading"]["device"]].items():
         r = found["tasks"].get(task)
         if r is None:
             continue
         if r["ratio"] < target:
             bound = f"; {r['prefill_bound']:.1f} if all but the prefill cost nothing"
             out.append(f"{task}: {r['ratio']:.1f} times stock's speed, at least {target} wanted{bound}")
-        if found["arithmetic"] == "float32" and (
-            r["different"] or any(r["stock"][m] != r["dialogue"][m] for m in ("f1", "em"))
-        ):
+        if found["arithmetic"] == "float32" and (r["different"] or r["stock"]["scores"] != r["dialogue"]["scores"]):
             out.append(f"{task}: {len(r['different'])} predictions differ from stock's, none should in float32")
         if r["peak_mib"]["dialogue"] > r["peak_mib"]["stock"]:
             out.append(f"{task}: peak of {r['peak_mib']['dialogue']:.0f} MiB, stock {r['peak_mib']['stock']:.0f}")
@@ -260,9 +302,8 @@ def main() -> None:
     parser.add_argument("--study", default="smollm2-135m")
     parser.add_argument("--limit", type=int, default=20, help="dialogues")
     parser.add_argument("--configurations", nargs="*", help="default: all of the study's")
-    parser.add_argument(
-        "--tasks", nargs="+", choices=[LAST, TURNS], default=[LAST, TURNS], help="last turns alone take seconds"
-    )
+    kinds = [LAST, TURNS, CHOICES, ANSWERS]
+    parser.add_argument("--task", nargs="+", choices=kinds, default=kinds, help="last turns alone take seconds")
     parser.add_argument("--stock-batch-sizes", nargs="+", type=int, help="default: 1 8 on a CPU, 1 8 32 64 on a GPU")
     parser.add_argument("--contexts", type=int, help="hf-dialogue's, on a CPU; default: the batch size that stock gets")
     parser.add_argument(
@@ -275,18 +316,19 @@ def main() -> None:
         raise StudyError(f"study {given.study} has no dialogues; choose one that has")
     sizes = given.stock_batch_sizes or ([1, 8, 32, 64] if torch.cuda.is_available() else [1, 8])
     rounds = given.rounds or (5 if torch.cuda.is_available() else 1)
-    target = results.folder(study) / ("bench_eval.json" if TURNS in given.tasks else "bench_eval_last_turns.json")
+    kept = "bench_eval" if TURNS in given.task else "_".join(["bench_eval", *given.task])
+    target = results.folder(study) / f"{kept}.json"
     found = {}
     for name in given.configurations or params.configurations(given.study):
-        found[name] = bench(study, name, given.limit, sizes, given.tasks, rounds, given.contexts)
-        for task in given.tasks:
+        found[name] = bench(study, name, given.limit, sizes, given.task, rounds, given.contexts)
+        for task in given.task:
             r = found[name]["tasks"][task]
             print(
                 f"{name} {task}: {r['dialogue']['questions']} questions, stock "
                 f"{r['stock']['seconds_per_question']:.3f} s each (batch "
                 f"{r['stock']['batch_size']}), hf-dialogue {r['dialogue']['seconds_per_question']:.4f} s, "
-                f"{r['ratio']:.1f} times; same "
-                f"prediction {r['identical_share']:.1%}; F1 {r['stock']['f1']:.4f} and {r['dialogue']['f1']:.4f}",
+                f"{r['ratio']:.1f} times; same prediction {r['identical_share']:.1%}; "
+                f"peak {r['peak_mib']['stock']:.0f} and {r['peak_mib']['dialogue']:.0f} MiB",
                 flush=True,
             )
         for line in found[name]["missed"]:

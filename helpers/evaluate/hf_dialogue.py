@@ -48,6 +48,7 @@ from helpers.evaluate.limits import (
 from helpers.evaluate.requests import Endings, Group, Request, group_by_prefix, guess
 from helpers.evaluate.slots import PackedSlots, Row, Slots, unsupported
 from helpers.evaluate.static_slots import OutOfColumns, StaticSlots
+from helpers.setup.methods import quantization_arguments
 
 GREEDY = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 # Keys of a model's generation_config that don't change what greedy generation yields.
@@ -97,6 +98,9 @@ class HFDialogue(HFLM):
         self.wanted = {"slots": max_slots, "rows": max_rows, "prefill_tokens": prefill_tokens}
         self.endings = Endings(self.tokenizer, self.think_end_token)
         self.reset_report()
+
+    def _create_model(self, *args, **kwargs) -> None:
+        super()._create_model(*args, **quantization_arguments(kwargs))
 
     # ---- report
 

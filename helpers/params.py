@@ -125,7 +125,11 @@ class Sizes(Strict):
         """Sizes for a model of so many positions (none: any): a default shrinks. Raises StudyError for one that was
         asked for."""
         room, changed = (positions or 2**31) - self.decode_tokens, {}
-        for name, most in {"prefill_tokens": room + self.decode_tokens, "contexts": room, "prompt_tokens": room}.items():
+        for name, most in {
+            "prefill_tokens": room + self.decode_tokens,
+            "contexts": room,
+            "prompt_tokens": room,
+        }.items():
             given = getattr(self, name)
             tokens = given if isinstance(given, list) else [given]
             if max(tokens, default=0) <= most:

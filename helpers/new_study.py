@@ -124,15 +124,7 @@ def _from_hub(model: str) -> tuple[dict, object | None, list[str]]:
         for file in sorted({*SMALL_FILES} & {*plan["files"]}, reverse=True):
             path = huggingface_hub.hf_hub_download(name, file, revision=plan["commit"])
     except hub.HubError as error:
-        if error.reason not in ("missing", *UNREACHABLE):
-            raise
-        parent = Path(name).parent
-        if error.reason != "gated" and parent.is_dir():
-            raise StudyError(
-                f"MODEL={model}: there is a folder {parent}/ here, but no {Path(name).name} in it; correct the path "
-                f"(as a model of the hub: {error})"
-            ) from error
-        if error.reason == "missing":
+        if error.reason not in UNREACHABLE:
             raise
         commit = revision or (_public_commit(name) if error.reason == "gated" else None)
         return source | ({"revision": commit} if commit else {}), None, [f"not looked up: {error}"]
@@ -184,15 +176,6 @@ def _study(study: str, source: dict, config) -> dict:
     """study.yaml's values: what differs from the defaults."""
     paper = params.read_yaml(params.PARAMS / PAPER / "study.yaml")
     large = config is None or _parameters(config) >= SMALL
-    sizes = {"cpu": dict(paper["benchmark"]["cpu"]) if large else {}, "cuda": {}}
-    context = _context(config) if config is not None else None
-    for (device, given), defaults in zip(sizes.items(), (params.Sizes(), params.GPUSizes()), strict=True):
-        used = defaults.model_dump() | given
-        if context and max(used["prefill_tokens"]) > context:
-            sizes[device]["prefill_tokens"] = [n for n in used["prefill_tokens"] if n <= context] or [context]
-        if context and used["prompt_tokens"] + used["decode_tokens"] > context:
-            sizes[device]["prompt_tokens"] = context - used["decode_tokens"]
-    sizes = {device: given for device, given in sizes.items() if given}
     hub_data = source["source"] == "hub"
     asked = "CoQA" if hub_data else "the project's own dialogues"
     return {
@@ -201,7 +184,7 @@ def _study(study: str, source: dict, config) -> dict:
         "formats": FORMATS,
         "model": source,
         "data": paper["data"] if hub_data else {"source": "embedded", "dialogues_on_cpu": 20},
-    } | ({"benchmark": sizes} if sizes else {})
+    } | ({"benchmark": {"cpu": paper["benchmark"]["cpu"]}} if large else {})
 
 
 def main(argv: list[str]) -> None:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
@@ -45,12 +46,20 @@ class _Progress:
 
     def __init__(self, prefix: str):
         self.prefix, self.start, self.pending = prefix, time.monotonic(), ""
+        self.told = self.start
 
     def write(self, text: str) -> int:
         *lines, self.pending = (self.pending + text).split("\n")
         for line in lines:
             if line.strip() and not any(text in line for text in NOISE):
                 self.line(line.split("\r")[-1])
+        return len(text)
+
+    def bar(self, text: str) -> int:
+        """A progress bar of tqdm's, as a line every ten seconds."""
+        if (found := re.findall(r"(\d+)/(\d+) \[[^\r]*?<([\d:]+)", text)) and time.monotonic() - self.told > 10:
+            self.told = time.monotonic()
+            self.line("{} of {} done, {} left".format(*found[-1]))
         return len(text)
 
     def line(self, text: str) -> None:
@@ -138,7 +147,7 @@ def _execute(source: Path, target: Path, given: dict, progress: _Progress) -> No
     os.environ["JUPYTER_PATH"] = os.pathsep.join([str(_kernels()), os.environ.get("JUPYTER_PATH", "")])
     papermill.execute_notebook(
         str(source), str(target), parameters=given, cwd=str(source.parent), progress_bar=False, stdout_file=progress,
-        stderr_file=None, kernel_name="python3", request_save_on_cell_execute=True, autosave_cell_every=0,
+        stderr_file=SimpleNamespace(write=progress.bar, flush=progress.flush), kernel_name="python3", request_save_on_cell_execute=True, autosave_cell_every=0,
         extra_arguments=["--IPKernelApp.log_level=50"],
     )  # fmt: skip
 

@@ -121,6 +121,28 @@ class Sizes(Strict):
     warmup: Positive = 1
     modes: Several[Mode] = ["eager"]
 
+    def fitted(self, positions: int | None, where: str) -> "Sizes":
+        """Sizes for a model of so many positions (none: any): a default shrinks. Raises StudyError for one that was
+        asked for."""
+        room, changed = (positions or 2**31) - self.decode_tokens, {}
+        for name, most in {
+            "prefill_tokens": room + self.decode_tokens,
+            "contexts": room,
+            "prompt_tokens": room,
+        }.items():
+            given = getattr(self, name)
+            tokens = given if isinstance(given, list) else [given]
+            if max(tokens, default=0) <= most:
+                continue
+            if name in self.model_fields_set or most < 1:
+                raise StudyError(
+                    f"{where}.{name}: {max(tokens)} is too long for the model's {positions} positions; write at most "
+                    f"{max(most, 1)}"
+                )
+            fit = [n for n in tokens if n <= most] or [most]
+            changed[name] = fit if isinstance(given, list) else fit[0]
+        return self.model_copy(update=changed)
+
 
 class GPUSizes(Sizes):
     prefill_tokens: Several[Positive] = [128, 256, 512, 1024, 4096]

@@ -238,16 +238,27 @@ def test_architectures_load_from_the_hub_and_again_without_it(repositories, tmp_
 
 def test_check_asks_for_model_and_data(server, monkeypatch):
     asked = []
-    monkeypatch.setattr(hub, "plan", lambda *call: asked.append(call) or {})
-    study = hub_study("tiny/llama", "EleutherAI/coqa")
-    assert set(hub.check(study)) == {"model", "data"}
-    assert asked == [("tiny/llama", None), ("EleutherAI/coqa", None, "dataset")]
+    monkeypatch.setattr(hub, "plan", lambda *call: asked.append(call) or {"bytes": len(asked)})
+    study = hub_study("tiny/llama", "EleutherAI/coqa", "me/mine", "embedded")
+    assert hub.check(study) == {"tiny/llama": {"bytes": 1}, "EleutherAI/coqa": {"bytes": 2}, "me/mine": {"bytes": 3}}
+    assert asked == [("tiny/llama", None), ("EleutherAI/coqa", None, "dataset"), ("me/mine", None, "dataset")]
 
 
-def hub_study(model: str, data: str):
+def test_a_mistyped_path_to_data_is_no_name_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(hub, "ROOT", tmp_path)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(hub.HubError, match=r"data\.source: there is a folder data/ here, but no mine in it"):
+        hub.plan("data/mine", None, "dataset")
+    with pytest.raises(hub.HubError, match="HF_HUB_OFFLINE is set"):
+        hub.plan("date/mine", None, "dataset")
+
+
+def hub_study(model: str, *data: str):
     from helpers import params
 
-    values = {"study": "t", "title": "t", "model": {"source": "hub", "name": model}, "data": {"source": data}}
+    sources = [{"source": source} for source in data]
+    values = {"study": "t", "title": "t", "model": {"source": "hub", "name": model}, "data": sources}
     return params.check(values, "t").study
 
 

@@ -1,11 +1,13 @@
 """Inputs as other people have them (tests/inputs): read, or refused in one sentence that names place and remedy."""
 
 import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, StudyError, checked_yaml, params
+from helpers import ROOT, StudyError, checked_yaml, notebook, params
 from helpers.setup import coqa, hub
 
 INPUTS = Path(__file__).parent / "inputs"
@@ -300,3 +302,47 @@ def test_file_names_in_a_study(tmp_path, monkeypatch, name):
     (tmp_path / "one" / name).write_text("configuration: x\n")
     with pytest.raises(SystemExit, match="rename it to letters, digits"):
         params.main(["one", "nf4"])
+
+
+# ---- what a run prints ----
+
+
+def test_noise_is_left_out_and_time_left_is_said(capsys, monkeypatch):
+    progress = notebook._Progress("[x]")
+    progress.write(
+        "asked\nUSDT: profiler_start\nPassed unknown parameter: title\n[IPKernelApp] ERROR | Keyboard\nlast\n"
+    )
+    bar = "\rRunning requests:  10%|#         | 5/50 [00:03<00:30,  1.4it/s]"
+    progress.bar(bar)
+    now = time.monotonic()
+    monkeypatch.setattr(notebook.time, "monotonic", lambda: now + 11)
+    progress.bar("a warning\n" + bar + bar.replace(" 5/", " 9/"))
+    said = [line.partition("| ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["asked", "last", "9 of 50 done, 00:30 left"]
+
+
+def test_reasons_are_sentences():
+    assert notebook._reason(hub.HubError("gated", "x is gated")) == "x is gated"
+    assert notebook._reason(ValueError("\x1b[31mred\x1b[0m")) == "ValueError: red"
+    assert "most likely for lack of memory" in notebook._reason(RuntimeError("Kernel died"))
+
+
+def test_the_kernel_is_this_interpreter(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebook, "CACHE", tmp_path)
+    kernel = json.loads((notebook._kernels() / "kernels/python3/kernel.json").read_text())
+    assert kernel["argv"][0] == sys.executable
+
+
+def test_columns_of_the_status_stand_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(notebook, "ROOT", tmp_path)
+    notebook.status("none", ["fp16", "nf4"])
+    assert capsys.readouterr().out.splitlines()[2].split() == ["01_evaluate", "missing", "missing"]
+
+
+def test_a_title_with_markup_is_escaped(monkeypatch):
+    from helpers.analysis import style
+
+    shown = []
+    monkeypatch.setattr(style, "display", lambda html: shown.append(html.data))
+    style.say("<b>One</b>")
+    assert shown == ["<p>&lt;b&gt;One&lt;/b&gt;</p>"]

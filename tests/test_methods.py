@@ -3,6 +3,7 @@ calibrated weights.
 """
 
 import json
+import shutil
 from typing import get_args
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from helpers import NotHere, StudyError, params
 from helpers.setup import calibrated, coqa, methods, models
 from helpers.setup.layers import dequantize, quantized_layers, stored_bytes
-from tests.conftest import configuration
+from tests.conftest import LLAMA, configuration
 
 TOKENS = {"source": "random-tokens", "samples": 4, "sequence_length": 32}
 
@@ -136,18 +137,12 @@ def test_calibrating_on_the_evaluated_set_is_refused(study):
         calibrated.samples(study, params.Calibration(source="embedded", samples=2), tokenizer=str.split, vocabulary=10)
 
 
-@pytest.mark.parametrize("change", [{"id": "new"}, {"story": "Another story."}, {"id": "new", "story": "upper"}])
-def test_leak_by_id_or_by_story_is_refused(study, change):
-    dialogue = coqa.read(study.data.source, 1)[0]
-    changed = dialogue | change
-    if change.get("story") == "upper":
-        changed["story"] = "\n ".join(dialogue["story"].upper().split(" "))
-    with pytest.raises(StudyError, match=f"dialogue {changed['id']} is also evaluated"):
-        calibrated.check_unseen([coqa.read("embedded-held-out")[0], changed], study)
-
-
-def test_dialogue_that_is_neither_is_allowed(study):
-    calibrated.check_unseen([coqa.read(study.data.source, 1)[0] | {"id": "new", "story": "Another story."}], study)
+def test_stories_tell_a_leak_and_ids_do_not(study):
+    dialogue, other = coqa.read(study.data.source, 1)[0], coqa.read("embedded-held-out")[0]
+    upper = "\n ".join(dialogue["story"].upper().split(" "))
+    with pytest.raises(StudyError, match="dialogue new is also evaluated"):
+        calibrated.check_unseen([other, dialogue | {"id": "new", "story": upper}], study)
+    calibrated.check_unseen([other | {"id": dialogue["id"]}], study)
 
 
 def test_samples_are_cut_and_recorded(study, load):
@@ -386,3 +381,18 @@ def test_quantizing_that_fails_in_its_own_process(tiny, monkeypatch, capfd):
         )
         with pytest.raises(StudyError, match=words):
             _quantized(tiny, wanted)
+
+
+def test_load_in_4bit_on_lm_evals_command_line(embedded, tmp_path, tiny):
+    """As users type it in --model_args, with bitsandbytes' own keys."""
+    from helpers.evaluate.hf_dialogue import HFDialogue
+
+    shutil.copytree(embedded, tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    architecture = models.AutoConfig.for_model(**LLAMA | {"vocab_size": 49152})
+    models.AutoModelForCausalLM.from_config(architecture).save_pretrained(tmp_path / "mine")
+    text = f"pretrained={tmp_path / 'mine'},load_in_4bit=True,bnb_4bit_quant_type=nf4,bnb_4bit_compute_dtype=float32"
+    model = HFDialogue.create_from_arg_string(text, {"device": "cpu", "batch_size": 1}).model
+    states = [layer.weight.quant_state for layer in quantized_layers(model).values()]
+    assert len(states) == 14 and {(s.quant_type, s.dtype) for s in states} == {("nf4", torch.float32)}
+    assert methods.quantization_arguments({"dtype": "auto", "load_in_4bit": False}) == {"dtype": "auto"}
+    assert methods.quantization_arguments({"load_in_8bit": True})["quantization_config"].load_in_8bit

@@ -225,17 +225,23 @@ def test_tokenizer_that_is_missing_or_names_no_end(embedded, mine):
     assert models.load(mine, configuration("none")).tokenizer.eos_token_id == 2
 
 
-def test_study_that_asks_for_more_than_the_positions(tiny, study):
+def test_study_that_asks_for_more_than_the_positions(tiny, study, monkeypatch):
     config = AutoConfig.for_model(**LLAMA | {"max_position_embeddings": 256})
     with pytest.raises(
         StudyError, match=r"max_gen_toks: 256 new tokens leave no room .* 256 positions; write at most 128"
     ):
         integrity.check_positions(study, config)
-    with pytest.raises(
-        StudyError, match=r"prefill_tokens: [0-9]+ is more than the model's 256 positions; write at most 256"
-    ):
-        integrity.check_positions(tiny, config)
-    integrity.check_positions(tiny, AutoConfig.for_model(**LLAMA | {"max_position_embeddings": 4096}))
+    asked = {"cpu": {"prefill_tokens": [512]}, "cuda": {"contexts": 250}}
+    asked = {kind: params.Benchmark(**{kind: values}) for kind, values in asked.items()}
+    for kind, said in {"cpu": r"prefill_tokens: 512 .*write at most 256", "cuda": "contexts: 250 .*most 192"}.items():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda kind=kind: kind == "cuda")
+        with pytest.raises(StudyError, match=rf"benchmark\.{kind}\.{said}"):
+            integrity.check_positions(tiny.model_copy(update={"benchmark": asked[kind]}), config)
+    # What nobody asked for shrinks.
+    found = integrity.check_positions(tiny.model_copy(update={"benchmark": params.Benchmark()}), config)
+    assert (found.prefill_tokens, found.contexts, found.prompt_tokens) == ([128, 256], [192], 128)
+    long = AutoConfig.for_model(**LLAMA | {"max_position_embeddings": 8192})
+    assert integrity.check_positions(tiny, long) == tiny.benchmark.cuda
 
 
 def test_rows_that_this_cpu_cannot_pack(tiny, monkeypatch):

@@ -151,25 +151,21 @@ def test_the_end_of_a_text_may_stand_in_generation_config(empty):
 def test_sizes_fit_a_short_context(empty):
     new_study.write(save(empty / "model", {"max_position_embeddings": 400}), "mine")
     sizes = params.read_study("mine").benchmark
-    assert (sizes.cpu.prefill_tokens, sizes.cuda.prefill_tokens) == ([128], [128, 256])
-    assert sizes.cpu.batch_sizes == params.Sizes().batch_sizes
+    fitted = [getattr(sizes, kind).fitted(400, kind).prefill_tokens for kind in ("cpu", "cuda")]
+    assert fitted == [[128], [128, 256]]
     text = (params.PARAMS / "mine/study.yaml").read_text()
-    assert "batch_sizes" not in text and [p.name for p in (params.PARAMS / "mine").iterdir()] == ["study.yaml"]
+    assert "benchmark" not in text and [p.name for p in (params.PARAMS / "mine").iterdir()] == ["study.yaml"]
 
 
 def test_a_mistyped_path_is_no_name_of_the_hub(empty, monkeypatch):
     save(empty / "models/llama")
     monkeypatch.chdir(empty)
     assert new_study.write("models/llama", "right").folder.is_dir()
-
-    def missing(name, revision):
-        raise hub.HubError("missing", f"the hub has no model {name}")
-
-    monkeypatch.setattr(hub, "plan", missing)
+    monkeypatch.setattr(hub, "ROOT", empty)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(StudyError, match=r"there is a folder models/ here, but no lama in it; correct the path"):
         new_study.write("models/lama", "wrong")
-    with pytest.raises(StudyError, match="the hub has no model owner/lama"):
-        new_study.write("owner/lama", "wrong")
+    assert "not looked up: HF_HUB_OFFLINE is set" in new_study.write("owner/lama", "later").facts[0]
 
 
 @pytest.mark.parametrize(
@@ -214,10 +210,7 @@ new_study.main(sys.argv[1:])
     assert read["open"].model.revision == repositories[0].commit
     assert read["gated"].model.revision == repositories[1].commit
     assert read["later"].model.revision is None
-    assert (
-        max(read["open"].benchmark.cuda.prefill_tokens) == 1024
-        and max(read["later"].benchmark.cuda.prefill_tokens) == 4096
-    )
+    assert (read["open"].benchmark, read["later"].benchmark.cuda.contexts) == (params.Benchmark(), [4096])
     assert read["open"].data == params.read_study(new_study.PAPER).data
     assert not (params.PARAMS / "typo").exists()
     text = (params.PARAMS / "open/study.yaml").read_text()

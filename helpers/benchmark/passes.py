@@ -26,7 +26,7 @@ import torch
 
 from helpers.benchmark import conditions, decoder, roofline, timing
 from helpers.benchmark.generation import agreement, decoder_samples, eager_samples, first_line, generate, prompt
-from helpers.setup import models
+from helpers.setup import integrity, models
 from helpers.setup.device import (
     MB,
     device_and_dtype,
@@ -139,7 +139,7 @@ def load(study, configuration, process: int = 1) -> Bench:
         unmeasured = f"{loaded.info['kernel']}; {UNPACKED}"
         held = {key: value if key == "checkpoint_mb" else None for key, value in held.items()}
         held["peak_reason"] = UNPACKED
-    sizes = getattr(study.benchmark, device.type)
+    sizes = integrity.check_positions(study, loaded.model.config)
     return ready(loaded, sizes, study.seed, held, began, unmeasured)._replace(times_only=process > 1)
 
 

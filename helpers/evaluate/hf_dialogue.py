@@ -42,6 +42,7 @@ from helpers.evaluate.limits import CPU_CONTEXTS, Limits, halving
 from helpers.evaluate.prefixes import Group
 from helpers.evaluate.requests import Endings, Request
 from helpers.evaluate.scores import Scored, score
+from helpers.setup.methods import quantization_arguments
 
 GREEDY = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 # Keys of a model's generation_config that don't change what greedy generation yields.
@@ -95,6 +96,9 @@ class HFDialogue(HFLM):
         self.encoded: dict[str, list[int]] = {}
         self.given_batch = self.batch_size
         self.reset_report()
+
+    def _create_model(self, *args, **kwargs) -> None:
+        super()._create_model(*args, **quantization_arguments(kwargs))
 
     # ---- report
 

@@ -98,10 +98,17 @@ def plan(name: str, revision: str | None = None, kind: str = "model") -> dict:
 
     Returns commit, pinned (the revision is a commit), files (a list of names), bytes, bytes_to_download, cache (its
     folder), and from_cache (the hub was not asked, or could not be reached). Raises HubError."""
-    with _call(name, revision, kind, LOOKUP, quiet=True):
-        files = _dry_run(name, revision, kind)
-    if files is None:
-        folder = _from_cache(name, revision, kind)
+    try:
+        with _call(name, revision, kind, LOOKUP, quiet=True):
+            files = _dry_run(name, revision, kind)
+        folder = _from_cache(name, revision, kind) if files is None else None
+    except HubError as error:
+        owner, _, own = name.partition("/")
+        if error.reason == "gated" or not (ROOT / owner).is_dir():
+            raise
+        said = f"{_key(kind)}: there is a folder {owner}/ here, but no {own} in it; correct the path"
+        raise HubError("missing", f"{said} (as a {kind} of the hub: {error})") from None
+    if folder:
         sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
         commit, missing = folder.name, 0
     else:
@@ -199,18 +206,13 @@ def is_hub_data(source: str) -> bool:
 
 
 def check(study) -> dict:
-    """Everything of a study that comes from the hub, without downloading it: {"model": plan, "data": plan}, only what
-    applies.
+    """The plan of everything of a study that comes from the hub, by its name there; nothing is downloaded.
 
     Raises HubError, so that a study stops before its first long step.
     """
-    found = {}
-    if study.model.source == "hub":
-        found["model"] = plan(study.model.name, study.model.revision)
-    for data in study.sources:
-        if is_hub_data(data.source):
-            found["data"] = plan(data.source, data.revision, "dataset")
-    return found
+    wanted = [(study.model.name, study.model.revision)] if study.model.source == "hub" else []
+    wanted += [(data.source, data.revision, "dataset") for data in study.sources if is_hub_data(data.source)]
+    return {call[0]: plan(*call) for call in wanted}
 
 
 def _dry_run(name: str, revision: str | None, kind: str) -> list | None:

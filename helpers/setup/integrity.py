@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from helpers import ROOT, NotHere, StudyError, results
-from helpers.params import Configuration, Study
+from helpers.params import Configuration, Sizes, Study
 from helpers.setup import packages
 from helpers.setup.layers import quantized_layers, tensors
 
@@ -89,24 +89,18 @@ def _repair(study: Study, folder: Path) -> str:
     return "copy it again, or, if the change is meant, delete 00_setup.ipynb and setup.json of the study's results"
 
 
-def check_positions(study: Study, config) -> None:
-    """Raises StudyError if the study asks for longer texts than the model has positions."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
-        return
-    if study.data is not None and positions <= study.evaluation.max_gen_toks:
+def check_positions(study: Study, config) -> Sizes:
+    """The benchmark's sizes for this machine and model. Raises StudyError if the study asks for longer texts than the
+    model has positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    asked = study.evaluation.max_gen_toks
+    if study.data is not None and positions is not None and positions <= asked:
         raise StudyError(
-            f"evaluation.max_gen_toks: {study.evaluation.max_gen_toks} new tokens leave no room for a prompt in the "
-            f"model's {positions} "
+            f"evaluation.max_gen_toks: {asked} new tokens leave no room for a prompt in the model's {positions} "
             f"positions; write at most {positions // 2}"
         )
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = getattr(study.benchmark, kind)
-    if (longest := max(sizes.prefill_tokens)) > positions:
-        raise StudyError(
-            f"benchmark.{kind}.prefill_tokens: {longest} is more than the model's {positions} positions; write at "
-            f"most {positions}"
-        )
+    return getattr(study.benchmark, kind).fitted(positions, f"benchmark.{kind}")
 
 
 def check_loaded(study: Study, model: PreTrainedModel, report) -> None:

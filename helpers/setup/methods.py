@@ -58,6 +58,19 @@ def _bitsandbytes8(options, dtype):
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=options.threshold)
 
 
+def quantization_arguments(given: dict) -> dict:
+    """`from_pretrained`'s arguments as transformers 5 takes them: load_in_4bit or load_in_8bit, with the keys of
+    BitsAndBytesConfig beside it, become `quantization_config`. Raises ValueError for both at once."""
+    from transformers import BitsAndBytesConfig
+
+    theirs = ("load_in_", "bnb_4bit_", "llm_int8_")
+    options = {key: value for key, value in given.items() if key.startswith(theirs)}
+    rest = {key: value for key, value in given.items() if key not in options}
+    if options.get("load_in_4bit") or options.get("load_in_8bit"):
+        rest["quantization_config"] = BitsAndBytesConfig(**options)
+    return rest
+
+
 def _float8(options, dtype):
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
     from transformers import TorchAoConfig

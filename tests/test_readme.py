@@ -1,11 +1,15 @@
 """README.md says what the committed runs say, and nothing else."""
 
+import ast
 import re
 
+import nbformat
 import pytest
 
 from helpers import ROOT, StudyError
 from helpers.analysis import readme
+
+TYPED = re.compile(r"(?<!\w)\d[\d.,]*(?:x\b|%| (?:points?|MB|MiB|ms|dialogues|questions|tokens/s|GB/s)\b)")
 
 
 def test_readme_is_rendered_from_the_committed_runs():
@@ -29,3 +33,15 @@ def test_every_file_that_readme_names_is_there():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#h][^)]*)\)", text):
         assert (ROOT / link).exists(), link
+
+
+def test_no_result_is_typed_in_the_report():
+    """Rules of this project may stand in 04's text (3%, 50 questions); a measured value may not."""
+    rules = {"3%", "80%", "99%", "50 dialogues", "50 questions"}
+    for cell in nbformat.read(ROOT / "notebooks/04_analysis.ipynb", 4).cells:
+        texts = [cell.source]
+        if cell.cell_type == "code":
+            nodes = ast.walk(ast.parse(cell.source))
+            texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        found = {typed for text in texts for typed in TYPED.findall(text)}
+        assert found <= rules, cell.source

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML, display
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from helpers import results
 from helpers.analysis.frames import Frames
@@ -128,23 +128,14 @@ def legend(fig, f: Frames, configurations, columns: int = 5) -> None:
 PAPER = {"marker": "D", "mfc": "white", "mec": DARK}
 
 
-def plain(value: float, _=None) -> str:
-    """A number as people write it: 0.002, 1.5, 64, 4,096."""
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-4:
-        return f"{value:.0e}".replace("e-0", "e-")
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
 def log(axis, values=None) -> None:
-    """A logarithmic axis with plain numbers, at `values` where given."""
+    """A logarithmic axis with numbers as people write them (0.002, 4,096), at `values` where given."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
     axis.set_minor_formatter(NullFormatter())
     low, high = axis.get_data_interval()
     if values is None and low > 0 and high < 20 * low:  # within a decade or so powers of ten would leave no tick
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(plain))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
     if values is not None:
         axis.set_ticks(sorted(set(values)))
         axis.set_minor_locator(NullLocator())

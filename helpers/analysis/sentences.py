@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 
 from helpers.analysis import contrasts, durations
-from helpers.analysis import power as sample
 from helpers.analysis.frames import MODES, Frames
 from helpers.analysis.style import interval, number, percent, points, times
 
@@ -65,66 +64,6 @@ def caveats(f: Frames, paper: dict) -> list[str]:
     parts = {"accuracy": f.samples, "fidelity": f.tokens, "memory and times": f.times, "weights": f.formats}
     if missing := [name for name, table in parts.items() if table.empty]:
         said.append(f"Not measured in this study, so empty below: {', '.join(missing)}.")
-    return said
-
-
-def setup(f: Frames) -> list[str]:
-    said, names = [f"Model: {f.study.model.name} ({f.study.model.source})."], f.configurations
-    if len(f.samples):
-        one = f.samples[f.samples.configuration == f.samples.configuration.iloc[0]]
-        sets = one.groupby("data_set").agg(dialogues=("dialogue", "nunique"), questions=("turn", "size"))
-        for name, row in sets.iterrows():
-            said.append(f"Data: {name}, {row.questions:,} questions in {row.dialogues:,} dialogues.")
-        said.append(
-            "Every configuration answers the same questions. lm-evaluation-harness asks and scores them as its CoQA "
-            "task does: greedy, the first line of the answer counts, F1 and exact match are averaged over the "
-            "references, each left out in turn. Its own task, and the paper, ask the last turn of each dialogue; this "
-            "study asks every turn."
-        )
-    for dtype, rows in names.groupby("dtype", sort=False):
-        said.append(f"Computed in {dtype}: {listed(rows.label)}.")
-    processes = f.times.groupby("configuration").process.nunique()
-    if len(processes):
-        several = " to ".join(dict.fromkeys([str(processes.min()), str(processes.max())]))
-        said.append(f"Times: {device(f)}; processes per configuration: {several}.")
-    if names.same_kernels.any():
-        said.append(
-            f"{listed(names.label[names.same_kernels])}: no 4-bit kernel here. The weights were unpacked when loaded, "
-            "so speed and memory are full precision's and are not shown again."
-        )
-    return said
-
-
-def limitations(f: Frames, paper: dict) -> list[str]:
-    """What these results cannot say."""
-    said = [f"One model ({f.study.model.name}): other sizes and families may keep more or less."]
-    if len(f.samples):
-        sets = f.samples.data_set.unique()
-        said.append(f"Data: {listed(sets)} only; formats can swap places elsewhere.")
-        said.append("Greedy answers scored by word overlap: a right answer in other words counts little.")
-        said.append(
-            "What full precision itself changes at another batch size was not measured for answers, so small shares of "
-            "flips may be rounding alone."
-        )
-    own = f.tokens[f.tokens.group == "all"].merge(f.configurations.dtype, left_on="configuration", right_index=True)
-    dtype = f.configurations.dtype.get(f.full)
-    odd = f.configurations[(f.configurations.dtype != dtype) & f.configurations.dtype.notna()]
-    if len(odd) and f.full is not None:
-        ppl = own.groupby("dtype").ppl_full.first()
-        moves = [f" ({number(ppl[dtype])} to {number(ppl[d])})" for d in odd.dtype.unique() if {d, dtype} <= set(ppl)]
-        said.append(
-            f"{listed(odd.label)} computed in {listed(odd.dtype.unique())}, and {f.label(f.full)} in {dtype}: their F1 "
-            f"differences hold the change of dtype too; full precision's own perplexity hardly moves{''.join(moves)}."
-            if moves
-            else f"{listed(odd.label)} computed in {listed(odd.dtype.unique())}, {f.label(f.full)} in {dtype}."
-        )
-    if len(f.times):
-        few = f.times.groupby("configuration").process.nunique().min()
-        if few < durations.LEAST_PROCESSES:
-            said.append(f"Times from {few} process{'es' * bool(few > 1)} at the least: they order nothing.")
-        said.append(
-            f"Times of {device(f)}; the paper used an {paper['device']}. Kernels of other libraries may be faster."
-        )
     return said
 
 
@@ -215,27 +154,11 @@ def spread(row) -> str:
     return f"[{number(row.ratio_low)}, {number(row.ratio_high)}]" if row.processes > 1 else ""
 
 
-def power(f: Frames, rows: pd.DataFrame) -> list[str]:
-    """Dialogues that would settle what this n does not."""
-    said = []
-    for row in rows[rows.primary].to_dict("records"):
-        if row["verdict"] != "n too small to say" or row["reason"]:
-            continue
-        need = sample.needed(row)
-        most = "infinity" if np.isinf(need["most"]) else f"{need['most']:,.0f}"
-        said.append(
-            f"{f.label(row['b'])} vs {f.label(row['a'])}: if the difference is {points(row['difference'])} points, "
-            f"about {need['n_dialogues']:,.0f} dialogues would show it four times out of five "
-            f"({need['fewest']:,.0f} to {most} over its interval)."
-        )
-    return said
-
-
 def disagreements(f: Frames, all_turns, last_turns) -> list[str]:
-    """Where last turns, the paper's estimand, and all turns say different things."""
+    """Where last turns, the paper's estimand, and all turns say different things, of primary contrasts."""
     if last_turns.empty:
         return []
-    both = all_turns[all_turns.primary].merge(last_turns[last_turns.primary], on=["a", "b"], suffixes=("", "_last"))
+    both = all_turns.merge(last_turns, on=["a", "b"], suffixes=("", "_last"))
     named = both.assign(pair=[f"{f.label(b)} vs {f.label(a)}" for a, b in zip(both.a, both.b)])
     odd = named[named.verdict != named.verdict_last]
     few = odd.verdict_last == "n too small to say"

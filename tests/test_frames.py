@@ -174,6 +174,30 @@ def test_the_opposite_finding_gives_the_opposite_sentences(reference, all_turns,
     assert "Should I use NF4? Not where accuracy counts" in said and "It keeps 74%" in said
 
 
+@pytest.mark.parametrize(
+    ("verdict", "low", "answer"),
+    [
+        ("below", -0.09, "Not where accuracy counts."),
+        ("below", -0.01, "Yes: it loses less than 1.5 F1 points."),  # clear, and too small to matter
+        ("equal within 1.5 points", -0.016, "Yes: it loses less than 1.5 F1 points."),
+        ("above", 0.01, "Yes: it even scores higher here."),
+        ("n too small to say", -0.09, "n is too small to say what it costs."),
+        (None, np.nan, "It runs in 42% of FP16's file size; what it does to answers was not measured here."),
+    ],
+)
+def test_the_answer_follows_the_verdict_and_what_it_may_cost(reference, all_turns, verdict, low, answer):
+    mine = contrasts.vs_full(reference, all_turns).astype({"verdict": object})
+    mine.loc["nf4", ["verdict", "low"]] = verdict, low
+    assert sentences.nf4(reference, mine, "FP16").startswith(answer)
+
+
+def test_a_gain_of_chance_is_told_with_its_interval(reference, all_turns):
+    last = contrasts.table(reference, last_turns=True)
+    (said,) = sentences.by_chance(reference, *(contrasts.vs_full(reference, rows) for rows in (all_turns, last)))
+    assert "INT4 (rounded) 2.1 points above FP16 (n = 50)" in said and "loses 5.4 points" in said
+    assert sentences.by_chance(reference, *[contrasts.vs_full(reference, all_turns)] * 2) == []
+
+
 def test_neighbours_in_perplexity_are_separated_only_where_the_pairs_say_so(reference):
     rows = contrasts.perplexities(reference)
     assert rows.set_index(["a", "b"]).verdict["gptq", "awq"] == "n too small to say" and (rows.verdict == "above").any()

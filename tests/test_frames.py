@@ -99,6 +99,13 @@ def test_three_processes_decide_and_two_do_not():
     assert durations.longer(graph.to_dict() | {"processes": 2}) is None
 
 
+def test_the_first_figure_shows_cuda_graphs_rather_than_eager_mode():
+    f = frames.load(HARDWARE)
+    ratios = f.ratios()
+    assert contrasts.fastest_mode(f, ratios) == "cuda_graph"
+    assert contrasts.fastest_mode(f, ratios[ratios["mode"] != "cuda_graph"]) == "eager"
+
+
 def test_a_label_says_what_was_computed(reference):
     assert (
         reference.label("fp16") == "FP16"

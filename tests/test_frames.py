@@ -189,7 +189,7 @@ def test_the_opposite_finding_gives_the_opposite_sentences(reference, all_turns,
         ("equal within 1.5 points", -0.016, "Yes: it loses less than 1.5 F1 points."),
         ("above", 0.01, "Yes: it even scores higher here."),
         ("n too small to say", -0.09, "n is too small to say what it costs."),
-        (None, np.nan, "It runs in 42% of FP16's file size; what it does to answers was not measured here."),
+        (None, np.nan, "It runs in 42% of FP16's file size; what it costs, these answers cannot say: no interval."),
     ],
 )
 def test_the_answer_follows_the_verdict_and_what_it_may_cost(reference, all_turns, verdict, low, answer):

@@ -106,9 +106,11 @@ def abstract(f: Frames, all_turns, last_turns, ratios, paper: dict) -> list[str]
 
 def nf4(f: Frames, mine: pd.DataFrame, full: str) -> str:
     """What NF4 costs, after the answer that follows from it."""
-    if "nf4" not in mine.index or pd.isna(mine.low["nf4"]):
+    if "nf4" not in mine.index:
         return f"It runs{smaller(f, 'nf4')}; what it does to answers was not measured here."
     row = mine.loc["nf4"]
+    if pd.isna(row.low):
+        return f"It runs{smaller(f, 'nf4')}; what it costs, these answers cannot say: {row.reason or 'no interval'}."
     margin = contrasts.margin(f)
     answer = ANSWERS.get(row.verdict, "n is too small to say what it costs.")
     if row.verdict.startswith("equal") or (row.verdict == "below" and row.low > -margin):

@@ -145,7 +145,7 @@ endif
 
 RESULT_FILES = $(wildcard $(OUT)/setup.json $(OUT)/weights.json $(OUT)/*/evaluation.json $(OUT)/*/benchmark*.json $(OUT)/*/fidelity.json $(OUT)/bench_eval.json)
 
-report: $(OUT)/report.html $(if $(HAS_DATA),$(OUT)/samples.html) ## render the report, and the answers that it leads to
+report: $(OUT)/report.html $(if $(wildcard $(OUT)/*/evaluation.json),$(OUT)/samples.html) ## render the report, and the answers that it leads to
 
 $(OUT)/04_analysis.ipynb: notebooks/04_analysis.ipynb $(STUDY_FILE) $(ANALYSIS) $(RESULT_FILES) | $(ENV)
 	@$(RUN) $(NB) run notebooks/04_analysis.ipynb $@ -f $(STUDY_FILE) $(FOLDER)

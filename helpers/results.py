@@ -69,11 +69,8 @@ def folder(study: Study) -> Path:
 
 def figures_folder(study: Study) -> Path:
     """figures/STUDY, or the place under figures/ that mirrors the results' place under executed/."""
-    return (
-        FIGURES / folder(study).relative_to(EXECUTED)
-        if folder(study).is_relative_to(EXECUTED)
-        else folder(study) / "figures"
-    )
+    here = folder(study)
+    return FIGURES / here.relative_to(EXECUTED) if here.is_relative_to(EXECUTED) else here / "figures"
 
 
 def path(study: Study, configuration: Configuration | None, kind: Kind, process: int = 1) -> Path:
@@ -111,9 +108,8 @@ def write_text(target: Path, text: str) -> None:
 
 def write_json(target: Path, value) -> None:
     """Any JSON; what has no JSON form (functions in lm-eval's task configurations) becomes text without local paths."""
-    write_text(
-        target, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=lambda v: clean(str(v))) + "\n"
-    )
+    plain = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=lambda v: clean(str(v)))
+    write_text(target, plain + "\n")
 
 
 def write(study: Study, configuration: Configuration | None, kind: Kind, data: dict, process: int = 1) -> Result:
@@ -134,16 +130,9 @@ def write_without(
 
 
 def _write(study, configuration, kind, process, status, reason, data) -> Result:
-    result = Result(
-        schema_version=SCHEMA,
-        kind=kind,
-        study=study.study,
-        configuration=configuration.configuration if configuration else None,
-        status=status,
-        reason=reason,
-        provenance=provenance(study, configuration),
-        data=data,
-    )
+    name = configuration.configuration if configuration else None
+    head = {"schema_version": SCHEMA, "kind": kind, "study": study.study, "configuration": name, "status": status}
+    result = Result(**head, reason=reason, provenance=provenance(study, configuration), data=data)
     plain = json.dumps(result.model_dump(mode="json"), allow_nan=False, default=lambda v: clean(str(v)))
     values = json.loads(plain)  # as a reader will see it: every key is text
     result.sha256 = values["sha256"] = checksum(values)
@@ -192,10 +181,7 @@ def read(source: Path) -> Result:
         raise StudyError(f"{name}: is missing; make run-all makes it") from None
     except OSError as error:
         raise StudyError(f"{name}: cannot be read ({error.strerror}); {remedy}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ):  # not JSON, not UTF-8, NaN, numbers of thousands of digits, a thousand brackets
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, NaN, thousands of digits, a thousand brackets
         raise StudyError(f"{name}: is truncated or not a result file; {remedy}") from None
     if not isinstance(values, dict) or "schema_version" not in values:
         raise StudyError(f"{name}: is not a result file of this project; {remedy}")
@@ -224,10 +210,8 @@ def _read_own(study: Study, kind: Kind, pattern: str) -> dict[str, Result]:
     for source in sorted(folder(study).glob(pattern)):
         result = read(source)
         if (result.kind, result.study, result.configuration) != (kind, study.study, source.parent.name):
-            raise StudyError(
-                f"{clean(str(source))}: belongs to {result.study}/{result.configuration}/{result.kind}; delete it, "
-                "then make run-all makes this one"
-            )
+            owner, name = f"{result.study}/{result.configuration}/{result.kind}", clean(str(source))
+            raise StudyError(f"{name}: belongs to {owner}; delete it, then make run-all makes this one")
         found[source.parent.name] = result
     return found
 
@@ -243,14 +227,12 @@ def read_processes(study: Study) -> dict[str, list[Result]]:
 
 
 def read_all(study: Study) -> dict[str, dict[str, Result]]:
-    """configuration -> kind -> result, of all that a study has; full precision first."""
+    """configuration -> kind -> result, of all that a study has."""
     found: dict[str, dict[str, Result]] = {}
     for kind in ("evaluation", "benchmark", "fidelity"):
         for name, result in _read_own(study, kind, f"*/{kind}.json").items():
             found.setdefault(name, {})[kind] = result
     if not found:
-        raise StudyError(
-            f"{clean(str(folder(study)))}: holds no results yet; run make run-all STUDY={study.study} first"
-        )
-    order = {"fp16": 0, "int8": 1, "fp8": 2, "gptq": 3, "awq": 4, "nf4": 5, "fp4": 6}
-    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], 9), item[0])))
+        name = clean(str(folder(study)))
+        raise StudyError(f"{name}: holds no results yet; run make run-all STUDY={study.study} first")
+    return found

@@ -261,10 +261,9 @@ def differs(row) -> str | None:
     """
     if row["ci_low"] is None or row["ci_low"] != row["ci_low"]:  # a DataFrame turns None into NaN
         return None
+    clear = row["ci_low"] > 0 or row["ci_high"] < 0
     if row["family"] == "primary":
         clear = row["p_adjusted"] < 1 - row["confidence"]
-    else:
-        clear = row["ci_low"] > 0 or row["ci_high"] < 0
     return ("above" if row["difference"] > 0 else "below") if clear else None
 
 
@@ -277,9 +276,8 @@ def equivalent(row, margin: float) -> bool:
 def verdict(row, margin: float) -> str:
     """ "below", "above", "equal within M points" (margin is in [0, 1]) or "n too small to say"; a difference comes
     before equality."""
-    return differs(row) or (
-        f"equal within {100 * margin:g} points" if equivalent(row, margin) else "n too small to say"
-    )
+    otherwise = f"equal within {100 * margin:g} points" if equivalent(row, margin) else "n too small to say"
+    return differs(row) or otherwise
 
 
 def log_ppl_ratio(nll_a, nll_b, tokens, clusters, *, confidence: float, resamples: int, seed: int) -> dict:
@@ -305,21 +303,12 @@ def interval(values, clusters, weights=None, *, confidence: float, resamples: in
     sums, sizes = totals(v[:, None], clusters, weights)
     groups, reason = len(sums), why_no_interval(len(sums), np.count_nonzero(sums), "are not zero")
     w = np.ones(v.size) if weights is None else np.asarray(weights, dtype=float)
-    errors = [None, None]
+    mine, question, low, high = None, None, None, None
     if groups > 1:
-        errors = [float(standard_error(*pair)[0]) for pair in ((sums, sizes), ((w * v)[:, None], w[:, None]))]
-    low, high = None, None
+        mine, question = (float(standard_error(*p)[0]) for p in ((sums, sizes), ((w * v)[:, None], w[:, None])))
     if not reason:
         counts = resample_counts(groups, resamples, seed)
         low, high = bootstrap_limits(sums, sizes, counts, confidence, skewed=True)[:, 0].tolist()
-    return {
-        "n_questions": v.size,
-        "n_dialogues": groups,
-        "mean": float(np.average(v, weights=w)),
-        "standard_error": errors[0],
-        "question_error": errors[1],
-        "design_effect": (errors[0] / errors[1]) ** 2 if errors[1] else None,
-        "ci_low": low,
-        "ci_high": high,
-        "reason": reason,
-    }
+    row = {"n_questions": v.size, "n_dialogues": groups, "mean": float(np.average(v, weights=w))}
+    row |= {"standard_error": mine, "question_error": question, "ci_low": low, "ci_high": high, "reason": reason}
+    return row | {"design_effect": (mine / question) ** 2 if question else None}

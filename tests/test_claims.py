@@ -296,6 +296,12 @@ def test_a_format_that_runs_full_precisions_kernels_is_never_ranked():
     assert accuracy_claims.nf4_pareto(facts._replace(f=unmeasured)).verdict == HOLDS
 
 
+def test_the_pareto_claim_finds_no_more_than_the_primary_contrasts():
+    """NF4 is below FP16 in a family of NF4's own two comparisons (p = 0.04), and not among the three primary ones."""
+    rows = judged(spec() | gains(-0.018, -0.018, dialogues=40) | {"sizes": {}}, [])
+    assert (rows.direction["nf4_beats_full"], rows.verdict["nf4_pareto"]) == (OPEN, OPEN)
+
+
 def contrast(low: float, high: float, p_adjusted: float) -> pd.Series:
     equal = (low + high) / 2 + np.array([-1, 1]) * (high - low) / 2 * 0.84
     found = {"ci_low": low, "ci_high": high, "equal_low": equal[0], "equal_high": equal[1], "confidence": 0.95}

@@ -99,6 +99,13 @@ def test_three_processes_decide_and_two_do_not():
     assert durations.longer(graph.to_dict() | {"processes": 2}) is None
 
 
+def test_the_first_figure_shows_cuda_graphs_rather_than_eager_mode():
+    f = frames.load(HARDWARE)
+    ratios = f.ratios()
+    assert contrasts.fastest_mode(f, ratios) == "cuda_graph"
+    assert contrasts.fastest_mode(f, ratios[ratios["mode"] != "cuda_graph"]) == "eager"
+
+
 def test_a_label_says_what_was_computed(reference):
     assert (
         reference.label("fp16") == "FP16"
@@ -172,6 +179,30 @@ def test_the_opposite_finding_gives_the_opposite_sentences(reference, all_turns,
     assert "Should I use NF4? Yes: it even scores higher" in said and "FP4 scores below NF4" in said
     paper["questions"], said = 50, " ".join(sentences.abstract(reference, all_turns, all_turns, f.ratios(), paper))
     assert "Should I use NF4? Not where accuracy counts" in said and "It keeps 74%" in said
+
+
+@pytest.mark.parametrize(
+    ("verdict", "low", "answer"),
+    [
+        ("below", -0.09, "Not where accuracy counts."),
+        ("below", -0.01, "Yes: it loses less than 1.5 F1 points."),  # clear, and too small to matter
+        ("equal within 1.5 points", -0.016, "Yes: it loses less than 1.5 F1 points."),
+        ("above", 0.01, "Yes: it even scores higher here."),
+        ("n too small to say", -0.09, "n is too small to say what it costs."),
+        (None, np.nan, "It runs in 42% of FP16's file size; what it costs, these answers cannot say: no interval."),
+    ],
+)
+def test_the_answer_follows_the_verdict_and_what_it_may_cost(reference, all_turns, verdict, low, answer):
+    mine = contrasts.vs_full(reference, all_turns).astype({"verdict": object})
+    mine.loc["nf4", ["verdict", "low"]] = verdict, low
+    assert sentences.nf4(reference, mine, "FP16").startswith(answer)
+
+
+def test_a_gain_of_chance_is_told_with_its_interval(reference, all_turns):
+    last = contrasts.table(reference, last_turns=True)
+    (said,) = sentences.by_chance(reference, *(contrasts.vs_full(reference, rows) for rows in (all_turns, last)))
+    assert "INT4 (rounded) 2.1 points above FP16 (n = 50)" in said and "loses 5.4 points" in said
+    assert sentences.by_chance(reference, *[contrasts.vs_full(reference, all_turns)] * 2) == []
 
 
 def test_neighbours_in_perplexity_are_separated_only_where_the_pairs_say_so(reference):

@@ -128,6 +128,9 @@ def test_a_finding_survives_unless_a_study_says_the_opposite(f, swap, answer):
         assert part["mean"]["mean"] == pytest.approx(part["rows"][0]["difference"])
         assert part["mean"]["i2"] == 0 and part["mean"]["ci_high"] - part["mean"]["ci_low"] > 1
     page = compare.page(studies, list(parts.values()))
+    assert "one and two share dialogues of one model" in page
+    other = studies | {"two": studies["two"]._replace(samples=studies["two"].samples.assign(data_set="another"))}
+    assert compare.shared(studies) and not compare.shared(other)
     assert page.count("<figure") == len(parts) and "mean over studies" in part["sentence"]
 
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT, StudyError
 from helpers.analysis import readme
 
-TYPED = re.compile(r"\d[\d.,]*(?:x\b|%| (?:points?|MB|MiB|ms|dialogues|questions|tokens/s|GB/s)\b)")
+TYPED = re.compile(r"(?<!\w)\d[\d.,]*(?:x\b|%| (?:points?|MB|MiB|ms|dialogues|questions|tokens/s|GB/s)\b)")
 
 
 def test_readme_is_rendered_from_the_committed_runs():
@@ -37,7 +37,7 @@ def test_every_file_that_readme_names_is_there():
 
 def test_no_result_is_typed_in_the_report():
     """Rules of this project may stand in 04's text (3%, 50 questions); a measured value may not."""
-    rules = {"3%", "80%", "50 dialogues", "50 questions"}
+    rules = {"3%", "80%", "99%", "50 dialogues", "50 questions"}
     for cell in nbformat.read(ROOT / "notebooks/04_analysis.ipynb", 4).cells:
         texts = [cell.source]
         if cell.cell_type == "code":

@@ -1,14 +1,16 @@
 """Every statistic against an independent computation: scipy, statsmodels, a closed form, or brute force on a small
 case."""
 
+import importlib.util
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from helpers import StudyError, ranks, statistics
+from helpers import ROOT, StudyError, ranks, statistics
 from helpers.analysis import power, recovery
 
 OPTIONS = {"confidence": 0.95, "resamples": 10_000, "seed": 1234}
@@ -350,6 +352,15 @@ def test_quantiles_of_independent_values_against_the_binomial_interval():
 def test_a_quantile_that_few_dialogues_reach_beyond_has_no_interval():
     (found,) = ranks.quantiles(np.arange(200), np.repeat(np.arange(20), 10), [0.9], **OPTIONS)
     assert found["ci_low"] is None and "2 of 20 dialogues reach beyond the quantile 0.9" in found["reason"]
+
+
+def test_the_simulation_has_run_for_every_rule_and_missed_no_target():
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "tests/bench_statistics.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    written = json.loads(bench.TARGET.read_text())
+    assert {row["rule"] for row in written["rows"]} == set(bench.RULES)
+    assert written["missed"] == [row["rule"] for row in written["rows"] if bench.missed(row)] == []
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not():

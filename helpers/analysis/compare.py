@@ -8,6 +8,7 @@ random-effects mean, Cochran's Q and I2 (helpers.analysis.recovery.pooled, by st
 
 import base64
 import io
+import itertools
 import sys
 
 import matplotlib
@@ -17,7 +18,7 @@ import pandas as pd
 
 from helpers import EXECUTED, StudyError, results
 from helpers.analysis import contrasts, frames, plots, recovery, samples, sentences, style
-from helpers.analysis.frames import MODES, Frames
+from helpers.analysis.frames import KEYS, MODES, Frames
 
 POINTS = {"f1": "F1 points", "em": "exact match, points"}
 PERPLEXITY = "ln perplexity ratio"
@@ -112,6 +113,18 @@ def contents(studies: dict[str, Frames]) -> list[dict]:
     return parts
 
 
+def shared(studies: dict[str, Frames]) -> list[str]:
+    """A warning per two studies that ask one model about the same dialogues: a mean over them counts those twice."""
+    asked = {
+        study: {(f.study.model.name, *key) for key in f.samples[KEYS[:2]].itertuples(index=False, name=None)}
+        for study, f in studies.items()
+    }
+    pairs = [(one, two) for one, two in itertools.combinations(asked, 2) if asked[one] & asked[two]]
+    return [
+        f"{one} and {two} share dialogues of one model: a mean over both is surer than the data." for one, two in pairs
+    ]
+
+
 def hardware(studies: dict[str, Frames]) -> list[dict]:
     """Memory and decode time (batch 1) of each format as a share of full precision's, as texts: study, device, format,
     mode, memory, decode, range, processes."""
@@ -138,7 +151,8 @@ def page(studies: dict[str, Frames], parts: list[dict]) -> str:
         for name, f in studies.items()
     ]
     template = samples.environment().get_template("compare.html.j2")
-    return template.render(about=about, parts=parts, hardware=hardware(studies), number=style.number)
+    tables = {"about": about, "parts": parts, "hardware": hardware(studies), "warnings": shared(studies)}
+    return template.render(tables, number=style.number)
 
 
 def main() -> None:
@@ -151,8 +165,7 @@ def main() -> None:
         results.write_json(target.with_suffix(".json"), kept)
     except StudyError as error:
         raise SystemExit(str(error)) from None
-    for part in parts:
-        print(f"{part['title']}: {part['sentence']}")
+    print("\n".join(shared(studies) + [f"{part['title']}: {part['sentence']}" for part in parts]))
     print("executed/compare.html")
 
 

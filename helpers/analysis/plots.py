@@ -121,8 +121,10 @@ def names(axes, f: Frames, configurations, width: int = 16) -> None:
 
 
 def legend(fig, f: Frames, configurations, columns: int = 5) -> None:
-    """One legend below all panels."""
-    handles = [Line2D([], [], label=f.label(name), **look(name)) for name in configurations]
+    """One legend below all panels, in the order of the tables."""
+    names = list(f.configurations.index.intersection(configurations, sort=False))
+    names += [name for name in configurations if name not in names]
+    handles = [Line2D([], [], label=f.label(name), **look(name)) for name in names]
     fig.legend(handles=handles, loc="outside lower center", ncols=min(columns, max(1, len(handles))))
 
 

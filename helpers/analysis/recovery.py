@@ -33,10 +33,9 @@ def recovery(values_a, values_b, clusters, weights=None, *, confidence: float, r
     reason = statistics.why_no_interval(groups, np.count_nonzero(sums[:, 0] - sums[:, 1]), "differ")
     if not reason:
         counts = statistics.resample_counts(groups, resamples, seed)
-        ci, equal = (
-            statistics.bootstrap_limits(sums[:, 1:], sums[:, :1], counts, c) for c in (confidence, 2 * confidence - 1)
-        )
-        row |= dict(zip(("ci_low", "ci_high", "equal_low", "equal_high"), (100 * np.r_[ci, equal]).ravel().tolist()))
+        for name, level in (("ci", confidence), ("equal", 2 * confidence - 1)):
+            ends = 100 * statistics.bootstrap_limits(sums[:, 1:], sums[:, :1], counts, level)[:, 0]
+            row |= {f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
     return row | {"reason": reason}
 
 
@@ -74,13 +73,9 @@ def flips(right_a, right_b, clusters, *, confidence: float, resamples: int, seed
     is the floor to show beside it."""
     a, b = statistics.number_array(right_a, "right_a") > 0, statistics.number_array(right_b, "right_b") > 0
     row = statistics.paired(100.0 * a, 100.0 * b, clusters, confidence=confidence, resamples=resamples, seed=seed)
-    kept = ("n_questions", "n_dialogues", "ci_low", "ci_high", "p", "reason")
-    return {
-        "right_to_wrong": float(100 * (a & ~b).mean()),
-        "wrong_to_right": float(100 * (~a & b).mean()),
-        "lost": float(100 * (a & ~b).sum() / a.sum()) if a.any() else None,
-        "net": row["difference"],
-    } | {key: row[key] for key in kept}
+    found = {"right_to_wrong": float(100 * (a & ~b).mean()), "wrong_to_right": float(100 * (~a & b).mean())}
+    found |= {"lost": float(100 * (a & ~b).sum() / a.sum()) if a.any() else None, "net": row["difference"]}
+    return found | {key: row[key] for key in ("n_questions", "n_dialogues", "ci_low", "ci_high", "p", "reason")}
 
 
 def pooled(estimates, standard_errors, *, confidence: float) -> dict:
@@ -96,13 +91,7 @@ def pooled(estimates, standard_errors, *, confidence: float) -> dict:
     # never shorter than the fixed-effect error, as the plain Hartung-Knapp interval can be with few data sets
     error = max(result.sd_eff_w_re_hksj, result.sd_eff_w_re)
     half = stats.t.ppf((1 + confidence) / 2, effects.size - 1) * error
-    return {
-        "data_sets": effects.size,
-        "mean": float(result.mean_effect_re),
-        "ci_low": float(result.mean_effect_re - half),
-        "ci_high": float(result.mean_effect_re + half),
-        "q": float(result.q),
-        "q_p": float(stats.chi2.sf(result.q, effects.size - 1)),
-        "i2": float(max(0, 100 * result.i2)) if result.q > 0 else 0.0,
-        "tau": float(math.sqrt(max(0, result.tau2))),
-    }
+    found = {"mean": result.mean_effect_re, "ci_low": result.mean_effect_re - half}
+    found |= {"ci_high": result.mean_effect_re + half, "q": result.q, "q_p": stats.chi2.sf(result.q, effects.size - 1)}
+    found |= {"i2": max(0, 100 * result.i2) if result.q > 0 else 0, "tau": math.sqrt(max(0, result.tau2))}
+    return {"data_sets": effects.size} | {key: float(value) for key, value in found.items()}

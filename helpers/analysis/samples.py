@@ -41,8 +41,8 @@ def _text(value) -> str | None:
     return value if isinstance(value, str) else None  # pandas keeps None in a column of text as NaN
 
 
-def _finite(values, digits: int = 4) -> list:
-    return [None if v is None or not math.isfinite(v) else round(float(v), digits) for v in values]
+def _finite(values) -> list:
+    return [None if v is None or not math.isfinite(v) else round(float(v), 4) for v in values]
 
 
 def stories(f: Frames) -> dict:
@@ -76,34 +76,22 @@ def collect(f: Frames, texts: dict | None = None) -> dict:
     columns = {c: f.wide(c) for c in ("prediction", "f1", "right", "kl")}
     names = list(columns["f1"])
     one = f.samples[f.samples.configuration == names[0]].set_index(KEYS)
-    dialogues, place = [], {}
-    for (data_set, name), row in one.groupby(level=["data_set", "dialogue"], sort=False).first().iterrows():
-        place[data_set, name] = len(dialogues)
-        dialogues.append(
-            {"set": data_set, "id": name, "domain": _text(row.domain), "story": texts.get((data_set, name))}
-        )
+    first = one.groupby(level=["data_set", "dialogue"], sort=False).domain.first()
+    place = {key: i for i, key in enumerate(first.index)}
+    dialogues = [
+        {"set": key[0], "id": key[1], "domain": _text(domain), "story": texts.get(key)} for key, domain in first.items()
+    ]
     rows = zip(one.itertuples(), *(table.loc[one.index].to_numpy() for table in columns.values()))
     questions = [
-        {
-            "d": place[row.Index[0], row.Index[1]],
-            "turn": int(row.Index[2]),
-            "last": bool(row.last_turn),
-            "question": _text(row.question),
-            "references": row.references if isinstance(row.references, list) else None,
-            "said": [_text(text) for text in said],
-            "f1": _finite(f1),
-            "right": [bool(v) for v in right],
-            "kl": _finite(kl),
-        }
+        {"d": place[row.Index[:2]], "turn": int(row.Index[2]), "last": bool(row.last_turn)}
+        | {"question": _text(row.question), "said": [_text(text) for text in said], "f1": _finite(f1)}
+        | {"references": row.references if isinstance(row.references, list) else None}
+        | {"right": [bool(v) for v in right], "kl": _finite(kl)}
         for row, said, f1, right, kl in rows
     ]
-    return {
-        "study": f.study.title,
-        "configurations": [{"name": name, "label": f.label(name)} for name in names],
-        "full": names.index(f.full) if f.full in names else None,
-        "dialogues": dialogues,
-        "questions": questions,
-    }
+    head = {"study": f.study.title, "configurations": [{"name": name, "label": f.label(name)} for name in names]}
+    head |= {"full": names.index(f.full) if f.full in names else None}
+    return head | {"dialogues": dialogues, "questions": questions}
 
 
 def page(data: dict) -> str:
@@ -133,24 +121,15 @@ def comparator(data: dict, a: str, b: str) -> dict:
         own = {"f1": f1, "right": [q["right"][i] for i in pair], "kl_from_full": kl}
         own |= {"references": "\n".join(q["references"] or []), "turn": q["turn"]}
         own |= {"last_turn": "last" if q["last"] else "earlier", "data_set": dialogue["set"]}
-        examples.append(
-            {
-                "input_text": "\n\n".join(filter(None, (dialogue["story"], f"Q: {q['question']}"))),
-                "tags": [dialogue["domain"]] if dialogue["domain"] else [],
-                "output_text_a": q["said"][pair[0]] or "",
-                "output_text_b": q["said"][pair[1]] or "",
-                "score": round(1.5 * (f1[0] - f1[1]), 4),
-                "individual_rater_scores": [],
-                "custom_fields": own | {"id": f"{dialogue['set']}/{dialogue['id']}/{q['turn']}"},
-            }
-        )
+        own |= {"id": f"{dialogue['set']}/{dialogue['id']}/{q['turn']}"}
+        said = {f"output_text_{side}": q["said"][i] or "" for side, i in zip("ab", pair)}
+        said |= {"input_text": "\n\n".join(filter(None, (dialogue["story"], f"Q: {q['question']}")))}
+        said |= {"tags": [dialogue["domain"]] if dialogue["domain"] else [], "individual_rater_scores": []}
+        examples.append(said | {"score": round(1.5 * (f1[0] - f1[1]), 4), "custom_fields": own})
     schema = [{"name": name, "type": kind} for name, kind in fields.items()]
-    labels = [{"name": data["configurations"][i]["label"]} for i in pair]
-    return {
-        "metadata": {"source_path": data["study"], "custom_fields_schema": schema},
-        "models": labels,
-        "examples": examples,
-    }
+    models = [{"name": data["configurations"][i]["label"]} for i in pair]
+    metadata = {"source_path": data["study"], "custom_fields_schema": schema}
+    return {"metadata": metadata, "models": models, "examples": examples}
 
 
 def main() -> None:

@@ -106,11 +106,15 @@ def abstract(f: Frames, all_turns, last_turns, ratios, paper: dict) -> list[str]
 
 def nf4(f: Frames, mine: pd.DataFrame, full: str) -> str:
     """What NF4 costs, after the answer that follows from it."""
-    if "nf4" not in mine.index or pd.isna(mine.low["nf4"]):
+    if "nf4" not in mine.index:
         return f"It runs{smaller(f, 'nf4')}; what it does to answers was not measured here."
     row = mine.loc["nf4"]
+    if pd.isna(row.low):
+        return f"It runs{smaller(f, 'nf4')}; what it costs, these answers cannot say: {row.reason or 'no interval'}."
+    margin = contrasts.margin(f)
     answer = ANSWERS.get(row.verdict, "n is too small to say what it costs.")
-    answer = f"Yes: its F1 is {row.verdict} of {full}'s." if row.verdict.startswith("equal") else answer
+    if row.verdict.startswith("equal") or (row.verdict == "below" and row.low > -margin):
+        answer = f"Yes: it loses less than {100 * margin:g} F1 points."
     keeps = recovered(row.recovery, row.recovery_low, row.recovery_high)
     value = f"{points(row.difference)} points {interval(row.low, row.high)}"
     return f"{answer} It keeps {keeps} of {full}'s F1 ({value}){smaller(f, 'nf4')}."
@@ -125,9 +129,9 @@ def by_chance(f: Frames, mine: pd.DataFrame, last: pd.DataFrame) -> list[str]:
     name = max(odd, key=lambda n: last.difference[n])
     row, label, full = last.loc[name], f.label(name), f.label(f.full)
     return [
-        f"The paper's design, {row.n_questions} last turns and no interval, would have put {label} "
-        f"{points(row.difference, False)} points above {full}. Its interval is {interval(row.low, row.high)}; over all "
-        f"turns {label} loses {points(-mine.difference[name], False)} points."
+        f"Last turns without an interval, the paper's design, would have put {label} {points(row.difference, False)} "
+        f"points above {full} (n = {row.n_questions}). The interval is {interval(row.low, row.high)}; over all turns "
+        f"{label} loses {points(-mine.difference[name], False)} points."
     ]
 
 

@@ -113,8 +113,9 @@ def forest(axes, table, value: str, low: str, high: str, zero: float | None = No
     for y, (name, row) in enumerate(table.iterrows()):
         if row[value] is None or np.isnan(row[value]):
             continue
-        ends = [[scale * (row[value] - row[low])], [scale * (row[high] - row[value])]]
-        error = None if np.isnan(np.array(ends, dtype=float)).any() else np.maximum(0, np.array(ends, dtype=float))
+        low_end, middle, high_end = (scale * row[[low, value, high]]).astype(float)  # None: no interval, as NaN
+        ends = [[middle - low_end], [high_end - middle]]
+        error = None if np.isnan(ends).any() else np.maximum(0, ends)
         shape = look(name[-1] if isinstance(name, tuple) else name)
         fill = {} if bool(row.get("differs", True)) else {"mfc": "white"}
         axes.errorbar(scale * row[value], y, xerr=error, linestyle="none", **shape, **fill)

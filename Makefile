@@ -121,7 +121,7 @@ check: $(ENV)
 # Whoever writes a target does so in one move: nothing is half-made, so Make deletes nothing when it is interrupted.
 # The result is a target as well: whoever deletes it gets it made again. Weights that study.yaml alone determines are the
 # same when 00_setup runs again, so what was measured stays fresh; a folder's or a hub's may have changed.
-SETUP := $(if $(shell grep -sE '^ *source: *(package|random)( |$$)' $(STUDY_FILE)),| )$(OUT)/00_setup.ipynb
+SETUP := $(if $(shell grep -sE '^ *source: *(package|random)( |$$)' $(STUDY_FILE)),| )$(OUT)/setup.json $(OUT)/00_setup.ipynb
 define CONFIGURATION_RULE
 .PRECIOUS $(if $(7),$(7),hardware): $(OUT)/$(3)/$(1).ipynb $(OUT)/$(3)/$(4).json
 $(OUT)/$(3)/$(1).ipynb $(OUT)/$(3)/$(4).json &: notebooks/$(2).ipynb $(STUDY_FILE) $(call files,$(3)) $(5) $(METHODS_READY) $(SETUP)

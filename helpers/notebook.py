@@ -56,7 +56,7 @@ class _Progress:
         return len(text)
 
     def line(self, text: str) -> None:
-        print(f"{self.prefix} {time.monotonic() - self.start:5.0f} s | {text}", flush=True)
+        print(f"{self.prefix} {time.monotonic() - self.start:5.0f} s | {results.clean(text)}", flush=True)
 
     def flush(self) -> None:
         sys.stdout.flush()
@@ -247,7 +247,9 @@ def _stale(targets: list[Path], study: str, processes: int) -> set[str]:
     make += [f"PROCESSES={processes}", *map(str, targets)]
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, env=environment) if targets else None
-    return set(done.stdout.replace('"', " ").split()) if done else set()
+    words = set(done.stdout.replace('"', " ").split()) if done else set()
+    readers = [str(target) for target in targets if target.name.startswith(("04", "05", "report"))]
+    return words | set(readers if words else ())  # -n does not follow a result to what reads it
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def test_run_all_resumes_repeats_nothing_and_keeps_good_configurations_beside_a_
     notebook = nbformat.read(project / "notebooks/01_evaluate.ipynb", 4)
     where = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("loaded ="))
     notebook.cells[where].source = (
-        "if configuration.configuration == 'bad': raise RuntimeError('no such kernel <b>here</b>')\n"
+        "if case.configuration.configuration == 'bad': raise RuntimeError('no such kernel <b>here</b>')\n"
         + notebook.cells[where].source
     )
     nbformat.write(notebook, project / "notebooks/01_evaluate.ipynb")
@@ -98,16 +98,6 @@ def test_a_wrong_parameter_stops_before_anything_is_computed(project, make):
         "params/formats/nf4.yaml: unknown key 'quantization.double_qaunt'; did you mean 'double_quant'?" in done.stdout
     )
     assert not list((project / "executed").rglob("*.json"))
-
-
-def test_clean_removes_a_study_of_its_own_and_nothing_else(project, make):
-    (project / "executed/tiny").mkdir(parents=True)
-    (project / "executed/reference").mkdir()
-    for wrong in ("STUDY=", "STUDY=reference/", "STUDY=../params", "STUDY=reference", "RESULTS=executed/reference"):
-        done = make("clean", wrong)
-        assert done.returncode != 0 and "removes one study's own results" in done.stdout
-    assert (project / "executed/reference").is_dir() and (project / "params/formats").is_dir()
-    assert make("clean").returncode == 0 and not (project / "executed/tiny").exists()
 
 
 def test_what_was_cut_off_is_made_again(project):

@@ -20,27 +20,18 @@ CASES = {
 }
 
 
-def files(project) -> dict:
-    """A model of two layers as a repository's files, out of the study `hardware`."""
-    (folder,) = (project / ".cache/models").glob("two-layers*")
-    (embedded,) = (project / ".cache/models").glob("smollm2*")
-    own = {path.name: path.read_bytes() for path in folder.iterdir()}
-    return own | {name: (embedded / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
-
-
 def rows(project, make, only: str):
     wanted = {name: case for name, case in CASES.items() if re.search(only, f"hub: {name}")}
     if not wanted:
         return
-    if not list((project / ".cache/models").glob("two-layers*")):
-        make(project, "executed/hardware/00_setup.ipynb", study="hardware")
     study = yaml.safe_load((project / "params/hardware/study.yaml").read_text())
     study |= {"study": "hub", "model": {"source": "hub", "name": "tiny/llama"}}
     (project / "params/hub").mkdir()
     (project / "params/hub/study.yaml").write_text(yaml.safe_dump(study))
     target = "executed/hub/00_setup.ipynb"
+    files = {path.name: path.read_bytes() for path in (project / "two-layers").iterdir()}
     for number, (name, case) in enumerate(wanted.items()):
-        start, well = time.monotonic(), {"name": "tiny/llama", "files": files(project)}
+        start, well = time.monotonic(), {"name": "tiny/llama", "files": files}
         home = {"HF_HOME": str(project / f"hub-{number}"), "NO_PROXY": "127.0.0.1,localhost"}
         with Hub([Repository(**well | case)]) as hub:
             code, output = make(project, target, study="hub", HF_ENDPOINT=hub.url, **home)

@@ -1,6 +1,6 @@
 """The faults. Each is a generator: what stands before `yield` breaks something, what stands after it mends it again.
 
-It yields (options for make: arguments, limit, environment; a pattern of the files that have to be made again).
+It yields (options for make: study, limit, environment; a pattern of the files that have to be made again).
 """
 
 import json
@@ -11,8 +11,6 @@ import subprocess
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from helpers import CACHE
 
 FAULTS = {}
 NF4 = Path("executed/tiny/nf4")
@@ -27,11 +25,9 @@ def fault(name: str):
 
 
 def with_own_cache(project: Path) -> Path:
-    """Give the project a cache of its own: its weights are going to be damaged."""
+    """Give the project a cache of its own: it is going to be damaged."""
     (project / ".cache").unlink()
     (project / ".cache").mkdir()
-    for name in CACHE.glob("*.gguf"):
-        (project / ".cache" / name.name).symlink_to(name)
     return project
 
 
@@ -57,11 +53,12 @@ def _cell(notebook: str, before: str, code: str):
     """A cell of NF4's notebook that goes wrong, without a change of the notebook's date: only this run sees it."""
 
     def broken(project: Path):
+        failing = f"if case.configuration.configuration == 'nf4':\n    {code}"
         again, path = forget(project, notebook), project / f"notebooks/{notebook}.ipynb"
         whole, status = path.read_text(), path.stat()
         values = json.loads(whole)
-        cell = next(c for c in values["cells"] if "".join(c["source"]).startswith(before))
-        cell["source"] = f"if case.configuration.configuration == 'nf4':\n    {code}\n" + "".join(cell["source"])
+        cell = next(c for c in values["cells"] if re.search(f"^{before}", "".join(c["source"]), re.M))
+        cell["source"] = re.sub(f"^{before}", lambda _: f"{failing}\n{before}", "".join(cell["source"]), flags=re.M)
         path.write_text(json.dumps(values))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         yield {}, again
@@ -76,12 +73,12 @@ KILL = "import os; os.kill(os.getpid(), 9)"
 for where, notebook, before in (
     ("loading", "01_evaluate", "loaded ="),
     ("prefill", "02_benchmark", "prefill ="),
-    ("decode", "02_benchmark", "decode ="),
+    ("decode", "02_benchmark", "decode = "),
 ):
     FAULTS[f"out of GPU memory while {where}"] = _cell(notebook, before, OUT_OF_MEMORY)
 FAULTS["the system kills a process for memory while loading"] = _cell("01_evaluate", "loaded =", KILL)
 FAULTS["the system kills a process for memory while decoding"] = _cell("02_benchmark", "decode =", KILL)
-FAULTS["a CUDA error that ends the process"] = _cell("03_fidelity", "from helpers", "import os; os.abort()")
+FAULTS["a CUDA error that ends the process"] = _cell("03_fidelity", "found = ", "import os; os.abort()")
 FAULTS["a GPU kernel that was not built for this card"] = _cell(
     "01_evaluate",
     "found =",
@@ -171,7 +168,7 @@ NEIGHBOURS = {
     "samples_coqa_turns.jsonl": "nf4/(evaluation|01_evaluate|samples|lm_eval)",
     "benchmark.json": "nf4/(benchmark|02_benchmark)",
     "fidelity.json": "nf4/(fidelity|03_fidelity)",
-    "setup.json": "tiny/(setup|00_setup)",
+    "setup.json": ".",  # what a folder holds may be another model now
     "04_analysis.ipynb": "04_analysis",
 }
 
@@ -238,24 +235,27 @@ def past(project):
     yield {}, NEIGHBOURS["benchmark.json"]
 
 
-@fault("one byte of the weights is another")
+def _weights(project: Path) -> Path:
+    (path,) = (project / ".cache/models").glob("two-layers*/model*.safetensors")
+    (project / "executed/hardware/nf4/02_benchmark.ipynb").unlink()
+    return path
+
+
+@fault("one byte of the cached weights is another")
 def weights(project):
-    again = forget(project, "01_evaluate")
-    (path,) = (project / ".cache/models").glob("smollm2*/model*.safetensors")
-    with open(path, "r+b") as file:
+    with open(_weights(project), "r+b") as file:
         file.seek(-1000, 2)
         byte = file.read(1)
         file.seek(-1000, 2)
         file.write(bytes([byte[0] ^ 1]))
-    yield {}, again
+    yield {"study": "hardware"}, NEIGHBOURS["benchmark.json"]
 
 
 @fault("the cached weights are cut off")
 def cut_weights(project):
-    again = forget(project, "01_evaluate")
-    (path,) = (project / ".cache/models").glob("smollm2*/model*.safetensors")
+    path = _weights(project)
     os.truncate(path, path.stat().st_size // 2)
-    yield {}, again
+    yield {"study": "hardware"}, NEIGHBOURS["benchmark.json"]
 
 
 @fault("a wrong key in a parameter file")

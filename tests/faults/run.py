@@ -86,12 +86,12 @@ def sentence(output: str) -> str:
     return ""
 
 
-def follow(project: Path, said: str) -> str:
+def follow(project: Path, said: str, study: str) -> str:
     """Apply the remedy that a message names; returns what was deleted."""
     gone = re.match(r"(\S+?): .*delete it", said) or re.search(r"delete (\S+?),", said)
     if not gone:
         return ""
-    named = gone[1] if (project / gone[1]).exists() else f"executed/tiny/{gone[1]}"
+    named = gone[1] if (project / gone[1]).exists() else f"executed/{study}/{gone[1]}"
     path = project / named
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     return named
@@ -99,18 +99,25 @@ def follow(project: Path, said: str) -> str:
 
 def survive(project: Path, name: str, fault) -> dict:
     """One row of the table. A fault yields (options of make, pattern of the files that have to be made again)."""
-    start, before = time.monotonic(), finished(project)
+    start, before = time.monotonic(), {study: finished(project, study) for study in ("tiny", "hardware")}
     with contextmanager(fault)(project) as (options, again):
-        code, output = make(project, *options.pop("arguments", ()), **options)
-        missing = lost(project, before, again)
-    removed = follow(project, sentence(output))
-    last, end = make(project)
-    missing += lost(project, before, f"{again}|{re.escape(removed)}" if removed else again)
-    missing += incomplete(project, before)
-    row = {"fault": name, "repeats": 1, "exit": code, "said": sentence(output), "remedy_applied": removed or None}
-    row |= {"lost": sorted(set(missing)), "traceback": "Traceback" in output + end, "next_exit": last}
-    return row | {
-        "survived": not missing and not row["traceback"] and last == 0,
+        study = options.get("study", "tiny")
+        code, output = make(project, "-k", "measure", "report", **options)
+        missing = lost(project, before[study], again, study)
+    removed = follow(project, said := sentence(output), study)
+    last, end = make(project, study=study)
+    missing += lost(project, before[study], f"{again}|{re.escape(removed)}" if removed else again, study)
+    missing += incomplete(project, before[study], study)
+    return {
+        "fault": name,
+        "repeats": 1,
+        "exit": code,
+        "said": said,
+        "remedy_applied": removed or None,
+        "lost": sorted(set(missing)),
+        "traceback": "Traceback" in output + end,
+        "next_exit": last,
+        "survived": not missing and "Traceback" not in output + end and last == 0,
         "seconds": round(time.monotonic() - start, 1),
     }
 
@@ -200,9 +207,9 @@ def main() -> None:
                 add(killed(project, signal.Signals[kind], times, draw))
         wanted = {name: fault for name, fault in inject.FAULTS.items() if re.search(given.only, name)}
         if wanted:
-            code, output = make(project)
-            if code:
-                raise SystemExit(f"the study does not run without a fault:\n{output[-2000:]}")
+            (code, output), (other, more) = make(project), make(project, study="hardware")
+            if code or other:
+                raise SystemExit(f"the study does not run without a fault:\n{(output + more)[-2000:]}")
         for name, fault in wanted.items():
             add(survive(project, name, fault))
         for row in inject.hub_rows(project, make, given.only):

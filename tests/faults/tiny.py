@@ -1,4 +1,6 @@
-"""A copy of the project with a study `tiny` that runs in a minute: the embedded model, four dialogues, two formats."""
+"""A copy of the project with two studies that run in a minute: `tiny`, a folder with a model of two layers and the
+embedded model's tokenizer, four dialogues and two formats; `hardware`, the same layers and no data.
+"""
 
 import os
 import shutil
@@ -8,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from helpers import CACHE, ROOT
+from helpers import CACHE, ROOT, params
+from helpers.setup import models
 
 BENCHMARK = {
     "prefill_tokens": [16, 32],
@@ -41,8 +44,10 @@ STUDY = {
     "formats": ["fp16", "nf4"],
     "benchmark": {"cpu": BENCHMARK},
     "fidelity": {"dialogues": 2, "noise_seeds": [0], "block_sizes": [64]},
+    "evaluation": {"max_gen_toks": 8},
     "statistics": {"resamples": 200, "redraws": 200},
 }
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 def copy(root: Path) -> Path:
@@ -57,11 +62,28 @@ def copy(root: Path) -> Path:
     (root / ".cache").symlink_to(CACHE)
     study = yaml.safe_load((ROOT / "params/smollm2-135m/study.yaml").read_text()) | STUDY
     study["data"] |= {"dialogues": 5, "dialogues_on_cpu": 4}
+    study["model"] = {"source": "path", "name": str(model(root / "two-layers"))}
     hardware = {key: value for key, value in study.items() if key != "data"} | {"study": "hardware", "model": MODEL}
     for one in (study, hardware):
         (root / "params" / one["study"]).mkdir()
         (root / "params" / one["study"] / "study.yaml").write_text(yaml.safe_dump(one, sort_keys=False))
     return root
+
+
+def model(folder: Path) -> Path:
+    """Two layers with random weights and the embedded model's tokenizer, written by save_pretrained."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    embedded = Path(models.prepare(params.read_study("smollm2-135m")))
+    settings = MODEL["architecture"] | {"vocab_size": AutoConfig.from_pretrained(embedded).vocab_size}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for name in TOKENIZER:
+        if (embedded / name).is_file():
+            shutil.copy(embedded / name, folder)
+    return folder
 
 
 def environment(**more: str) -> dict:

@@ -6,8 +6,11 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules
 
 STUDY ?= $(or $(notdir $(RESULTS:%/=%)),smollm2-135m)
-# What starts a notebook, such as RUN="srun --gpus=1"; with make -j the notebooks are then scheduled elsewhere.
+# What starts a notebook, such as RUN="srun --gpus=1"; PROFILE=slurm sets it (params/slurm.mk), and make -j then schedules.
 RUN ?=
+ifdef PROFILE
+include params/$(notdir $(PROFILE)).mk
+endif
 # Studies and configurations are folder and file names, and reach the shell: letters, digits, dots, hyphens, underscores.
 LETTERS := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
 DIGITS := 0 1 2 3 4 5 6 7 8 9
@@ -34,7 +37,7 @@ ifneq ($(call not_names,$(CONFIGS)),)
 $(error CONFIGS='$(CONFIGS)' holds something else than names: give some of $(ALL_CONFIGS))
 endif
 # A time is the median of so many processes, each with a notebook of its own: one says nothing about the next.
-PROCESSES ?= $(or $(call key,processes),$(if $(shell nvidia-smi -L 2>/dev/null),3,1))
+PROCESSES ?= $(or $(call key,processes),$(if $(wildcard /dev/nvidia[0-9]* /dev/dxg),3,1))
 # RESULTS=executed/reference/MACHINE/STUDY renders report and figures from a committed run.
 ifneq ($(call not_names,$(subst /,,$(RESULTS)))$(findstring ..,$(RESULTS))$(word 2,$(RESULTS)),)
 $(error RESULTS='$(RESULTS)' is not a folder of results: give one under executed/, such as executed/reference/h200/smollm2-135m)
@@ -42,6 +45,9 @@ endif
 OUT := $(or $(RESULTS),executed/$(STUDY))
 MEASURED = $(sort $(notdir $(filter-out %.failed.ipynb,$(wildcard $(OUT)/*/02_benchmark*.ipynb))))
 FOLDER := $(if $(RESULTS),-p folder $(RESULTS))
+# What only reads results has no rules to make them: nothing may measure committed results again, nor a report a failure.
+READING := report report-pdf samples llm-comparator gate compare figures
+MEASURING := $(if $(RESULTS),,$(filter-out $(READING),$(or $(MAKECMDGOALS),help)))
 
 # PYTHON=python3 uses an environment that is already there; without it, .venv is made and kept up to date.
 ifdef PYTHON
@@ -112,11 +118,14 @@ check: $(ENV)
 	@$(NB) check "$(STUDY)" $(CONFIGS)
 
 # $(1) target notebook  $(2) notebook  $(3) configuration  $(4) its result  $(5) prerequisites  $(6) further parameters  $(7) group
-# The result is a target as well: whoever deletes it gets it made again.
+# Whoever writes a target does so in one move: nothing is half-made, so Make deletes nothing when it is interrupted.
+# The result is a target as well: whoever deletes it gets it made again. Weights that study.yaml alone determines are the
+# same when 00_setup runs again, so what was measured stays fresh; a folder's or a hub's may have changed.
+SETUP := $(if $(shell grep -sE '^ *source: *(package|random)( |$$)' $(STUDY_FILE)),| )$(OUT)/setup.json $(OUT)/00_setup.ipynb
 define CONFIGURATION_RULE
-$(if $(7),$(7),hardware): $(OUT)/$(3)/$(1).ipynb $(OUT)/$(3)/$(4).json
-$(OUT)/$(3)/$(1).ipynb $(OUT)/$(3)/$(4).json &: notebooks/$(2).ipynb $(STUDY_FILE) $(call files,$(3)) $(OUT)/00_setup.ipynb $(5) $(METHODS_READY)
-	@$(RUN) $$(NB) run notebooks/$(2).ipynb "$(OUT)/$(3)/$(1).ipynb" -f $(STUDY_FILE) $(patsubst %,-f %,$(call files,$(3))) $(6)
+.PRECIOUS $(if $(7),$(7),hardware): $(OUT)/$(3)/$(1).ipynb $(OUT)/$(3)/$(4).json
+$(OUT)/$(3)/$(1).ipynb $(OUT)/$(3)/$(4).json &: notebooks/$(2).ipynb $(STUDY_FILE) $(call files,$(3)) $(5) $(METHODS_READY) $(SETUP)
+	@$$(RUN) $$(NB) run notebooks/$(2).ipynb "$(OUT)/$(3)/$(1).ipynb" -f $(STUDY_FILE) $(patsubst %,-f %,$(call files,$(3))) $(6)
 endef
 files = $(wildcard params/formats/$(1).yaml params/$(STUDY)/$(1).yaml)
 .PHONY: hardware accuracy
@@ -126,19 +135,18 @@ accuracy: ## run 01 and 03 alone
 # A study without dialogues measures hardware only.
 HAS_DATA := $(shell grep -s '^data:' $(STUDY_FILE))
 FURTHER := $(wordlist 2,$(PROCESSES),1 2 3 4 5 6 7 8 9)
-# Committed results have no rules: nothing may measure them again.
-ifeq ($(RESULTS),)
+ifneq ($(MEASURING),)
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark,02_benchmark,$(c),benchmark,$(BENCHMARK))))
 $(foreach n,$(FURTHER),$(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,02_benchmark_$(n),02_benchmark,$(c),benchmark_$(n),$(BENCHMARK),-p process $(n)))))
 ifneq ($(HAS_DATA),)
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,01_evaluate,01_evaluate,$(c),evaluation,$(EVALUATE),,accuracy)))
 $(foreach c,$(CONFIGS),$(eval $(call CONFIGURATION_RULE,03_fidelity,03_fidelity,$(c),fidelity,$(FIDELITY),,accuracy)))
-accuracy: $(OUT)/03_weights.ipynb $(OUT)/weights.json
-$(OUT)/03_weights.ipynb $(OUT)/weights.json &: notebooks/03_weights.ipynb $(STUDY_FILE) $(OUT)/00_setup.ipynb $(FIDELITY) $(EVALUATE)
+.PRECIOUS accuracy: $(OUT)/03_weights.ipynb $(OUT)/weights.json
+$(OUT)/03_weights.ipynb $(OUT)/weights.json &: notebooks/03_weights.ipynb $(STUDY_FILE) $(FIDELITY) $(EVALUATE) $(SETUP)
 	@$(RUN) $(NB) run notebooks/03_weights.ipynb "$(OUT)/03_weights.ipynb" -f $(STUDY_FILE)
 endif
 
-measure: $(OUT)/00_setup.ipynb $(OUT)/setup.json
+.PRECIOUS measure: $(OUT)/00_setup.ipynb $(OUT)/setup.json
 $(OUT)/00_setup.ipynb $(OUT)/setup.json &: notebooks/00_setup.ipynb $(STUDY_FILE) $(COMMON) | $(ENV)
 	@$(RUN) $(NB) run notebooks/00_setup.ipynb "$(OUT)/00_setup.ipynb" -f $(STUDY_FILE)
 endif

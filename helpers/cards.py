@@ -2,7 +2,7 @@
 
 A card has SHARES lock files. A benchmark takes all of one card, so that nothing else runs there; any other notebook
 takes one. The system drops a lock with the process that holds it, so none is ever stale. On a machine with one GPU, or
-none, a benchmark still waits until it is alone.
+none, a benchmark still waits until it is alone. Under Slurm each job has cards of its own: nothing is locked.
 """
 
 import contextlib
@@ -60,8 +60,11 @@ def _take(card: str, alone: bool) -> list:
 
 
 @contextlib.contextmanager
-def reserved(alone: bool, waiting=lambda: None):
-    """A card, alone or shared, in CUDA_VISIBLE_DEVICES; `waiting` is called once if none is free yet."""
+def reserved(alone: bool | None, waiting=lambda: None):
+    """A card, alone or shared, in CUDA_VISIBLE_DEVICES; None: no card. `waiting` is called once if none is free yet."""
+    if alone is None or "SLURM_JOB_ID" in os.environ:
+        yield None
+        return
     cards = visible() or ["cpu"]
     (CACHE / "cards").mkdir(parents=True, exist_ok=True)
     started, held = False, []

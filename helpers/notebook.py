@@ -16,6 +16,7 @@ import fcntl
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ KINDS = {
     "04_analysis": None,
     "05_figures": None,
 }
+ON_A_CARD = {"01_evaluate": False, "02_benchmark": True, "03_fidelity": False, "03_weights": False}  # True: alone
 PER_CONFIGURATION = ("01_evaluate", "02_benchmark", "03_fidelity")
 NOISE = ("USDT", "profiler_start", "IPKernelApp", "is an Enum subclass", "Passed unknown parameter")
 OURS = ("StudyError", "NotHere", "HubError")  # their text is the sentence that a reader needs
@@ -63,7 +65,7 @@ class _Progress:
         return len(text)
 
     def line(self, text: str) -> None:
-        print(f"{self.prefix} {time.monotonic() - self.start:5.0f} s | {text}", flush=True)
+        print(f"{self.prefix} {time.monotonic() - self.start:5.0f} s | {results.clean(text)}", flush=True)
 
     def flush(self) -> None:
         sys.stdout.flush()
@@ -111,9 +113,11 @@ def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]
     progress = _Progress(f"[{configuration.configuration if configuration else study.study}/{source.stem}{number}]")
     scratch, failed = target.with_suffix(f".{os.getpid()}.ipynb"), target.with_suffix(".failed.ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _only(target), cards.reserved(source.stem == "02_benchmark", lambda: progress.line("waits for a GPU")):
+    alone = ON_A_CARD.get(source.stem)  # None: needs none
+    with _only(target), cards.reserved(alone, lambda: progress.line("waits for a GPU")):
         failed.unlink(missing_ok=True)
         progress.line("started")
+        started = time.time()
         try:
             _execute(source, scratch, given, progress)
             os.replace(scratch, target)
@@ -127,10 +131,10 @@ def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]
                 results.write_without(*case, kind, "skipped", reason, process)
                 progress.line(f"not run: {reason}")
                 return
-            target.unlink(missing_ok=True)  # an older, finished result must not stand for this run
+            target.unlink(missing_ok=True)  # an older, finished notebook must not stand for this run
             if scratch.exists():
                 results.write_text(failed, results.clean(scratch.read_text(encoding="utf-8")))
-            if kind:
+            if kind and not _newer(results.path(*case, kind, process), started):
                 results.write_without(*case, kind, "failed", reason, process)
             where = f"; see {results.clean(str(failed))}" if failed.exists() else ""
             progress.line(f"FAILED: {reason}{where}")
@@ -139,9 +143,17 @@ def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]
             scratch.unlink(missing_ok=True)
 
 
+def _newer(path: Path, when: float) -> bool:
+    """Did this run write the result (all of it, or finished parts of 03_weights) before it failed?"""
+    return path.is_file() and path.stat().st_mtime >= when
+
+
 def _execute(source: Path, target: Path, given: dict, progress: _Progress) -> None:
     import papermill
+    from jupyter_core.utils import ensure_event_loop
 
+    # nbclient would take a signal to this process for a kernel that died: without its handlers it ends the run.
+    ensure_event_loop().add_signal_handler = _no_handler
     logging.getLogger("papermill").setLevel(logging.ERROR)  # every key that a notebook's parameters cell does not name
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own announcements
     os.environ["JUPYTER_PATH"] = os.pathsep.join([str(_kernels()), os.environ.get("JUPYTER_PATH", "")])
@@ -150,6 +162,10 @@ def _execute(source: Path, target: Path, given: dict, progress: _Progress) -> No
         stderr_file=SimpleNamespace(write=progress.bar, flush=progress.flush), kernel_name="python3", request_save_on_cell_execute=True, autosave_cell_every=0,
         extra_arguments=["--IPKernelApp.log_level=50"],
     )  # fmt: skip
+
+
+def _no_handler(*_):
+    raise RuntimeError
 
 
 def _kernels() -> Path:
@@ -189,18 +205,24 @@ def render(source: Path, target: Path) -> None:
 
 
 def check(study: str, configurations: list[str]) -> None:
-    """Check the parameters, and remove notebooks that were cut off or are dated in the future: they are made again."""
+    """Check the parameters, and remove notebooks that were cut off or are dated in the future: they are made again.
+    What a killed run wrote half goes too, an hour later: its process may live on another machine.
+    """
     params.read_study(study)
     for name in configurations or params.configurations(study):
         params.read_configuration(study, name)
-    for path in (ROOT / "executed" / study).rglob("*.ipynb"):
-        if path.stem.endswith(".failed") or path.stem.rsplit(".", 1)[-1].isdigit():
+    for path in (ROOT / "executed" / study).rglob("*.*"):
+        status, why = path.stat(), None
+        if re.search(r"\.\d+\.ipynb$|^\.\d+\.", path.name):
+            why = "half-written by a run that was killed" if time.time() - status.st_mtime > 3600 else None
+        elif path.suffix != ".ipynb" or path.stem.endswith(".failed"):
             continue
-        if not path.read_bytes().rstrip().endswith(b"}"):
-            print(f"{results.clean(str(path))}: was cut off; it is made again")
-            path.unlink()
-        elif path.stat().st_mtime > time.time() + 60:
-            print(f"{results.clean(str(path))}: dated in the future, which Make takes for fresh; made again")
+        elif not path.read_bytes().rstrip().endswith(b"}"):
+            why = "was cut off; it is made again"
+        elif status.st_mtime > time.time() + 60:
+            why = "dated in the future, which Make takes for fresh; made again"
+        if why:
+            print(f"{results.clean(str(path))}: {why}")
             path.unlink()
 
 
@@ -211,23 +233,36 @@ def status(study: str, configurations: list[str]) -> None:
     rows = [(name, configurations if name in PER_CONFIGURATION else [""]) for name in KINDS]
     rows[3:3] = [(name, configurations) for name in more]
     rows.append(("report", [""]))
+    files = {
+        (name, c): out / c / (f"{name}.ipynb" if name != "report" else "report.html") for name, cs in rows for c in cs
+    }
+    stale = _stale([path for path in files.values() if (ROOT / path).exists()], study, len(more) + 1)
     width = max(map(len, [*configurations, "missing"])) + 2
     print(f"{'':16}" + "".join(f"{c:{width}}" for c in [*configurations, "study"]))
     for name, columns in rows:
-        file = f"{name}.ipynb" if name != "report" else "report.html"
-        cells = {c: _state(out / c / file, study) for c in columns}
+        cells = {c: _state(files[name, c], stale) for c in columns}
         print(f"{name:16}" + "".join(f"{cells.get(c, ''):{width}}" for c in [*configurations, ""]))
 
 
-def _state(target: Path, study: str) -> str:
-    if not (ROOT / target).exists():
-        return "failed" if (ROOT / target).with_suffix(".failed.ipynb").exists() else "missing"
-    make = ["make", "-q", "--no-print-directory", str(target), f"STUDY={study}", f"PYTHON={sys.executable}"]
+def _state(target: Path, stale: set[str]) -> str:
+    if (ROOT / target).exists():
+        return "stale" if str(target) in stale else "fresh"
+    return "failed" if (ROOT / target).with_suffix(".failed.ipynb").exists() else "missing"
+
+
+def _stale(targets: list[Path], study: str, processes: int) -> set[str]:
+    """The words of what Make would run for these files, all asked at once."""
+    make = ["make", "-nk", "--no-print-directory", f"STUDY={study}", f"PYTHON={sys.executable}"]
+    make += [f"PROCESSES={processes}", *map(str, targets)]
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-    return "stale" if subprocess.run(make, cwd=ROOT, capture_output=True, env=environment).returncode else "fresh"
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, env=environment) if targets else None
+    words = set(done.stdout.replace('"', " ").split()) if done else set()
+    readers = [str(target) for target in targets if target.name.startswith(("04", "05", "report"))]
+    return words | set(readers if words else ())  # -n does not follow a result to what reads it
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(prog="python -m helpers.notebook")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run")
@@ -247,6 +282,10 @@ def main() -> None:
         {"run": run, "render": render, "status": status, "check": check}[given.pop("command")](**given)
     except StudyError as error:
         raise SystemExit(str(error)) from None
+    except OSError as error:  # a folder that is read-only or full before anything runs
+        raise SystemExit(
+            f"{results.clean(str(error.filename))}: {error.strerror}; make it writable, free some space, then run again"
+        ) from None
 
 
 if __name__ == "__main__":

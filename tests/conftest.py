@@ -1,44 +1,19 @@
 """Fixtures shared by the tests: the embedded study, and a copy of the project to run make in."""
 
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from transformers import AutoModelForCausalLM
 
-from helpers import CACHE, ROOT, params
+from helpers import params
 from helpers.setup import calibrated, models
+from tests.faults import tiny as tiny_project
 
 # Two tests that load a model side by side need no more threads than there are cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-TINY = {
-    "prefill_tokens": [16, 32],
-    "batch_sizes": [1, 2],
-    "prompt_tokens": 16,
-    "contexts": [24],
-    "decode_tokens": 4,
-    "repeats": 3,
-    "warmup": 1,
-}
-
-
-# Two layers of the embedded model's family.
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-}
+TINY, LLAMA = tiny_project.BENCHMARK, tiny_project.MODEL["architecture"]
 
 
 def configuration(method: str, dtype: str = "auto", **options) -> params.Configuration:
@@ -78,45 +53,13 @@ def load(study):
     return get
 
 
-@pytest.fixture(scope="session")
-def three_blocks(embedded, tmp_path_factory) -> Path:
-    """A folder with the embedded model's first three blocks and its tokenizer: seconds a notebook, not minutes."""
-    folder = tmp_path_factory.mktemp("model")
-    shutil.copytree(embedded, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
-    model = AutoModelForCausalLM.from_pretrained(embedded)
-    del model.model.layers[3:]
-    model.config.num_hidden_layers = 3
-    model.config.layer_types = None
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def project(tmp_path, three_blocks) -> Path:
-    """The project as it stands, without results, with a study `tiny` of three blocks and four dialogues; the cache is
+def project(tmp_path, study) -> Path:
+    """The project as it stands, without results, with a study `tiny` of four dialogues; the weights' cache is
     shared.
     """
-    root = tmp_path / "project"
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file() and not name.startswith(("executed/", "figures/")):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, root / name)
-    (root / ".cache").symlink_to(CACHE)
-    tiny = yaml.safe_load((ROOT / "params/smollm2-135m/study.yaml").read_text())
-    shutil.copytree(three_blocks, root / "models/tiny")
-    tiny["model"] = {"source": "path", "name": "models/tiny"}
-    tiny |= {"study": "tiny", "title": "Tiny", "statistics": {"resamples": 200, "redraws": 200}}
-    tiny["data"] |= {"dialogues": 5, "dialogues_on_cpu": 4}
-    tiny["formats"] = ["fp16", "nf4"]
-    tiny["benchmark"] = {"cpu": TINY}
-    tiny["evaluation"] = {"max_gen_toks": 16}  # three blocks do not know when to stop
-    tiny["fidelity"] = {"dialogues": 2, "noise_seeds": [0], "block_sizes": [64]}
-    (root / "params/tiny").mkdir()
-    (root / "params/tiny/study.yaml").write_text(yaml.safe_dump(tiny, sort_keys=False))
-    return root
+    models.prepare(study)
+    return tiny_project.copy(tmp_path / "project")
 
 
 @pytest.fixture
@@ -124,15 +67,14 @@ def make(project):
     """Run make in the copied project; returns the finished process, its output in stdout."""
 
     def run(*arguments: str, **options):
-        command = ["make", f"PYTHON={sys.executable}", "STUDY=tiny", *arguments]
-        environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+        command = [*tiny_project.command(), *arguments]
         return subprocess.run(
             command,
             cwd=project,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env=tiny_project.environment(),
             **options,
         )
 

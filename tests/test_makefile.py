@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 
 from helpers import ROOT
+from tests.faults import tiny
 
 NOTEBOOK = json.dumps({"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}) + "\n"
 WRITES = {
@@ -29,7 +32,7 @@ def tree(tmp_path):
         copy(ROOT / name, tmp_path / name)
     (tmp_path / "params/small").mkdir()
     study = yaml.safe_load((ROOT / "params/smollm2-135m/study.yaml").read_text()) | {"study": "small"}
-    study = yaml.safe_dump(study | {"formats": ["fp16", "nf4"]}, default_flow_style=None, sort_keys=False)
+    study = yaml.safe_dump(study | {"formats": ["fp16", "nf4"]}, sort_keys=False)
     (tmp_path / "params/small/study.yaml").write_text(study)
     out = tmp_path / "executed/small"
     for name in ("00_setup", "fp16/01_evaluate", "nf4/01_evaluate", "fp16/02_benchmark", "nf4/02_benchmark",
@@ -51,22 +54,26 @@ def tree(tmp_path):
 @pytest.fixture
 def make(tree):
     def run(*arguments):
-        environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "STUDY")}
         command = ["make", f"PYTHON={sys.executable}", *arguments]
         if not any(a.startswith("STUDY=") for a in arguments):
             command.append("STUDY=small")
         if not any(a.startswith("PROCESSES=") for a in arguments) and "again" not in arguments:
             command.append("PROCESSES=1")
-        return subprocess.run(command, cwd=tree, text=True, env=environment, capture_output=True)
+        return subprocess.run(command, cwd=tree, text=True, env=tiny.environment(), capture_output=True)
 
     return run
 
 
-def test_weights_and_setup_are_made_again_too(tree, make):
+def test_weights_are_made_again_and_setup_alone_makes_nothing_else_stale(tree, make):
     (tree / "executed/small/weights.json").unlink()
     assert planned(make) - ANALYSIS == {"03_weights.ipynb"}
     (tree / "executed/small/setup.json").unlink()
-    assert "00_setup.ipynb" in planned(make)
+    assert planned(make) - ANALYSIS == {"03_weights.ipynb", "00_setup.ipynb"}
+    study = tree / "params/small/study.yaml"
+    when = study.stat().st_mtime
+    study.write_text(study.read_text().replace("source: package", "source: path"))
+    os.utime(study, (when, when))
+    assert "nf4/01_evaluate.ipynb" in planned(make)  # a folder may hold another model now
 
 
 def planned(make, *arguments) -> set[str]:
@@ -127,6 +134,47 @@ def test_every_notebook_is_started_through_run(tree, make):
     lines = make("-n", "measure", "report", "figures", "RUN=srun --gpus=1").stdout.splitlines()
     runs = [line for line in lines if "helpers.notebook run" in line]
     assert len(runs) == 10 and all(line.startswith("srun --gpus=1 ") for line in runs)
+    lines = make("-n", "measure", "report", "figures", "PROFILE=slurm").stdout.splitlines()
+    gpus = {line.split('"')[1] if '"' in line else line: "--gpus=1" in line for line in lines if "notebook run" in line}
+    assert len(gpus) == 10 and sum(gpus.values()) == 8 and all(line.startswith("srun") for line in lines[:8])
+
+
+NOOP = ROOT / "tests/slurm/noop.py"
+
+
+def test_a_failed_result_is_kept_and_no_report_tries_again(tree, make, monkeypatch):
+    shutil.rmtree(tree / "executed")
+    monkeypatch.setenv("NOOP_FAIL", "nf4/02_benchmark")
+    done = make("run-all", f"PYTHON={NOOP}")
+    assert done.returncode == 2 and done.stderr.count("nf4/02_benchmark.ipynb] Error 1") == 1
+    assert (tree / "executed/small/nf4/benchmark.json").read_text() == "failed"
+    assert (tree / "executed/small/04_analysis.ipynb").exists()
+    monkeypatch.delenv("NOOP_FAIL")
+    assert planned(make) - ANALYSIS == {"nf4/02_benchmark.ipynb"}
+    os.utime(tree / "helpers/results.py")
+    assert "02_benchmark" not in make("-n", "report").stdout  # it reads what is there
+
+
+def test_an_interrupted_run_leaves_the_older_result(tree, make):
+    os.utime(tree / "params/formats/nf4.yaml")
+    environment = tiny.environment(NOOP_SECONDS="30")
+    command = ["make", f"PYTHON={NOOP}", "STUDY=small", "executed/small/nf4/evaluation.json"]
+    running = subprocess.Popen(command, cwd=tree, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    time.sleep(0.7)
+    (tree / "executed/small/nf4/evaluation.json").write_text("new")
+    os.killpg(running.pid, signal.SIGINT)
+    assert b"Deleting" not in running.communicate(timeout=10)[1]
+    assert (tree / "executed/small/nf4/evaluation.json").read_text() == "new"
+
+
+def test_status_asks_make_once(tree, make):
+    os.utime(tree / "params/formats/nf4.yaml")
+    (tree / "executed/small/fp16/02_benchmark.ipynb").unlink()
+    start = time.monotonic()
+    lines = [line.split() for line in make("status").stdout.splitlines()]
+    assert time.monotonic() - start < 5
+    assert ["01_evaluate", "fresh", "stale"] in lines and ["02_benchmark", "missing", "stale"] in lines
+    assert ["00_setup", "fresh"] in lines and ["report", "stale"] in lines
 
 
 NOT_NAMES = ("STUDY=", "STUDY=reference", "STUDY=reference/", "STUDY=../params", "STUDY=.", "STUDY=a b", "STUDY=-rf")

@@ -1,0 +1,47 @@
+"""A hub that misbehaves, for 00_setup: what is said, that no token is kept, and that a well hub mends it."""
+
+import re
+import time
+
+import yaml
+
+from tests.hub_server import Hub, Repository
+
+CASES = {
+    "401": {"status": 401},
+    "403, a gated model": {"gated": True},
+    "404": {"name": "tiny/elsewhere"},
+    "429": {"status": 429},
+    "500": {"status": 500},
+    "a login page with status 200": {"fault": "page"},
+    "an answer that repeats the token": {"fault": "echo"},
+    "other content than its checksum": {"fault": "flip"},
+    "stalled": {"fault": "stall"},
+}
+
+
+def rows(project, make, only: str):
+    wanted = {name: case for name, case in CASES.items() if re.search(only, f"hub: {name}")}
+    if not wanted:
+        return
+    study = yaml.safe_load((project / "params/hardware/study.yaml").read_text())
+    study |= {"study": "hub", "model": {"source": "hub", "name": "tiny/llama"}}
+    (project / "params/hub").mkdir()
+    (project / "params/hub/study.yaml").write_text(yaml.safe_dump(study))
+    target = "executed/hub/00_setup.ipynb"
+    files = {path.name: path.read_bytes() for path in (project / "two-layers").iterdir()}
+    for number, (name, case) in enumerate(wanted.items()):
+        start, well = time.monotonic(), {"name": "tiny/llama", "files": files}
+        home = {"HF_HOME": str(project / f"hub-{number}"), "NO_PROXY": "127.0.0.1,localhost"}
+        with Hub([Repository(**well | case)]) as hub:
+            code, output = make(project, target, study="hub", HF_ENDPOINT=hub.url, **home)
+        said = re.search(r"FAILED: (.+?)(; see \S+)?$", output, re.M)
+        with Hub([Repository(**well)]) as hub:
+            last, end = make(project, target, study="hub", HF_ENDPOINT=hub.url, **home)
+        (project / target).unlink(missing_ok=True)
+        broken = "Traceback" in output + end
+        yield {
+            "fault": f"hub: {name}", "repeats": 1, "exit": code, "said": said[1][:300] if said else "",
+            "remedy_applied": None, "lost": [], "traceback": broken, "next_exit": last,
+            "survived": bool(code and said) and last == 0 and not broken, "seconds": round(time.monotonic() - start, 1),
+        }  # fmt: skip

@@ -1,0 +1,227 @@
+"""make faults: break a small study on purpose, and see that nothing finished is lost and that the next run completes.
+
+    python -m tests.faults.run [--kills 100] [--only NAME] [--out executed/faults.json]
+
+Works in a copy of the project in a temporary folder. For every fault: inject it, `make run-all`, compare every finished
+result byte by byte, undo the fault or apply the remedy that the message names, `make run-all` again. A row holds
+
+    fault, repeats; said: the sentence that the user saw; survived: nothing lost, no traceback, the next run complete
+
+Writes JSON and a Markdown table beside it; exits with 1 if a row did not survive. Disk faults mount a tmpfs: root only.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from helpers import ROOT, StudyError, params, results
+from tests.faults import inject, tiny
+
+TOKEN = "hf_plantedTokenThatNoFileMayHold"
+LONGEST_WAIT = 12  # s before a kill: about as long as a notebook takes
+
+
+def make(project: Path, *arguments: str, study="tiny", limit: str = "", **environment: str) -> tuple[int, str]:
+    """Exit code and output of make in the project; `limit` is a shell line before it, such as a ulimit."""
+    line = [*tiny.command(study), *(arguments or ("run-all",))]
+    if limit:
+        line = ["bash", "-c", f'{limit}; exec "$@"', "bash", *line]
+    surroundings = tiny.environment(HF_TOKEN=TOKEN) | environment
+    done = subprocess.run(
+        line,
+        cwd=project,
+        env=surroundings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    return done.returncode, done.stdout
+
+
+def finished(project: Path, study: str = "tiny") -> dict[str, str]:
+    """File -> sha256, of every result that is whole and ok, every answer and every executed notebook of 00 to 03."""
+    found = {}
+    for path in sorted((project / "executed" / study).rglob("*.*")):
+        name = str(path.relative_to(project))
+        if not re.search(r"/(0[0-3]_\w+\.ipynb|samples_\w+\.jsonl|[a-z_0-9]+\.json)$", f"/{name}"):
+            continue
+        if path.suffix == ".json" and path.name != "lm_eval.json":
+            try:
+                if results.read(path).status != "ok":
+                    continue
+            except StudyError:
+                continue
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def lost(project: Path, before: dict[str, str], again: str, study: str = "tiny") -> list[str]:
+    """Finished files that are gone or another, but for those that the fault itself has to make again (a pattern)."""
+    after = finished(project, study)
+    return [name for name, digest in before.items() if after.get(name) != digest and not re.search(again, name)]
+
+
+def incomplete(project: Path, before: dict[str, str], study: str = "tiny") -> list[str]:
+    """What a complete study has and this one has not."""
+    report = f"executed/{study}/report.html"
+    return [*(set(before) - set(finished(project, study))), *([] if (project / report).is_file() else [report])]
+
+
+def sentence(output: str) -> str:
+    """What a user reads: the reason of the first failure, else the line that names a file."""
+    for pattern in (r"FAILED: (.+)", r"^(?!make|\[)(\S+: .+)", r"\*\*\* (.+?)\s+Stop", r"not run: (.+)"):
+        if said := re.search(pattern, output, re.M):
+            return re.sub(r"; see \S+$", "", said[1])[:300]
+    return ""
+
+
+def follow(project: Path, said: str, study: str) -> str:
+    """Apply the remedy that a message names; returns what was deleted."""
+    gone = re.match(r"(\S+?): .*delete it", said) or re.search(r"delete (\S+?),", said)
+    if not gone:
+        return ""
+    named = gone[1] if (project / gone[1]).exists() else f"executed/{study}/{gone[1]}"
+    path = project / named
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return named
+
+
+def survive(project: Path, name: str, fault) -> dict:
+    """One row of the table. A fault yields (options of make, pattern of the files that have to be made again)."""
+    start, before = time.monotonic(), {study: finished(project, study) for study in ("tiny", "hardware")}
+    with contextmanager(fault)(project) as (options, again):
+        study = options.get("study", "tiny")
+        code, output = make(project, "-k", "measure", "report", **options)
+        missing = lost(project, before[study], again, study)
+    removed = follow(project, said := sentence(output), study)
+    last, end = make(project, study=study)
+    missing += lost(project, before[study], f"{again}|{re.escape(removed)}" if removed else again, study)
+    missing += incomplete(project, before[study], study)
+    return {
+        "fault": name,
+        "repeats": 1,
+        "exit": code,
+        "said": said,
+        "remedy_applied": removed or None,
+        "lost": sorted(set(missing)),
+        "traceback": "Traceback" in output + end,
+        "next_exit": last,
+        "survived": not missing and "Traceback" not in output + end and last == 0,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def killed(project: Path, kind: signal.Signals, times: int, draw: random.Random) -> dict:
+    """Signals at random points of `make run-all`, each run going on where the one before was killed; started anew
+    whenever it is complete.
+    """
+    start, completed, missing, spoiled = time.monotonic(), 0, set(), 0
+    for _ in range(times):
+        before = finished(project, "hardware")
+        running = subprocess.Popen(
+            [*tiny.command("hardware"), "run-all"], cwd=project, env=tiny.environment(), start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            running.wait(draw.uniform(0.05, LONGEST_WAIT))
+            completed += running.returncode == 0
+            if running.returncode == 0:
+                shutil.rmtree(project / "executed/hardware")
+                continue
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, kind)
+            running.wait()
+        missing |= set(lost(project, before, "^$", "hardware"))
+        spoiled += sum(not _readable(path) for path in (project / "executed/hardware").rglob("[a-z]*.json"))
+    code, output = make(project, study="hardware")
+    missing |= set(incomplete(project, {}, "hardware"))
+    return {
+        "fault": f"{kind.name} to make and all that it started, at random points", "repeats": times, "exit": None,
+        "said": "", "remedy_applied": None, "completed_meanwhile": completed, "lost": sorted(missing),
+        "traceback": "Traceback" in output, "next_exit": code,
+        "survived": code == 0 and not missing and not spoiled, "seconds": round(time.monotonic() - start, 1),
+    }  # fmt: skip
+
+
+def _readable(path: Path) -> bool:
+    try:
+        return bool(results.read(path))
+    except StudyError:
+        return False
+
+
+def leaked(project: Path) -> list[str]:
+    """Files that hold the planted token or the name of this machine."""
+    words, found = (TOKEN.encode(), os.uname().nodename.encode()), []
+    for folder in ("executed", "figures", ".cache/jupyter", ".cache/cards"):
+        for path in (p for p in (project / folder).rglob("*") if p.is_file()):
+            found += (
+                [str(path.relative_to(project))] if any(w in path.read_bytes() for w in words if len(w) > 5) else []
+            )
+    return found
+
+
+def table(found: dict) -> str:
+    lines = ["| fault | times | survived | what was said |", "|---|---|---|---|"]
+    for row in found["rows"]:
+        said = row["said"].replace("|", "\\|") or "–"
+        lines.append(f"| {row['fault']} | {row['repeats']} | {'yes' if row['survived'] else '**no**'} | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs; a tenth as many SIGTERMs and Ctrl-Cs")
+    parser.add_argument("--only", default="", help="faults whose name matches")
+    parser.add_argument("--out", type=Path, default=ROOT / "executed/faults.json")
+    given, start = parser.parse_args(), time.monotonic()
+    origin = results.provenance(params.read_study("smollm2-135m"), None)
+    rows, draw = [], random.Random(0)
+
+    def add(row):
+        rows.append(row)
+        print(
+            f"{row['seconds']:6.0f} s  {'survived' if row['survived'] else 'LOST   '}  {row['fault']}: {row['said']}",
+            flush=True,
+        )
+        found = {"provenance": origin, "kills": given.kills, "seconds": round(time.monotonic() - start), "rows": rows}
+        found["complete"] = not given.only
+        results.write_json(given.out, found)
+        results.write_text(given.out.with_suffix(".md"), table(found))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        project = inject.with_own_cache(tiny.copy(Path(scratch) / "project"))
+        for kind, times in (("SIGKILL", given.kills), ("SIGTERM", given.kills // 10), ("SIGINT", given.kills // 10)):
+            if times and re.search(given.only, kind):
+                add(killed(project, signal.Signals[kind], times, draw))
+        wanted = {name: fault for name, fault in inject.FAULTS.items() if re.search(given.only, name)}
+        if wanted:
+            (code, output), (other, more) = make(project), make(project, study="hardware")
+            if code or other:
+                raise SystemExit(f"the study does not run without a fault:\n{(output + more)[-2000:]}")
+        for name, fault in wanted.items():
+            add(survive(project, name, fault))
+        for row in inject.hub_rows(project, make, given.only):
+            add(row)
+        leaks = leaked(project)
+        add({
+            "fault": "a token in the environment all the time", "repeats": 1, "exit": None, "said": "", "lost": leaks,
+            "remedy_applied": None, "traceback": False, "next_exit": None, "survived": not leaks, "seconds": 0,
+        })  # fmt: skip
+    print(f"{sum(r['survived'] for r in rows)} of {len(rows)} survived; {given.out}")
+    sys.exit(not all(row["survived"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,9 @@
 """A GPU for each running notebook: `make -j` on a machine with several of them.
 
 A card has SHARES lock files. A benchmark takes all of one card, so that nothing else runs there; any other notebook
-takes one. The system drops a lock with the process that holds it, so none is ever stale. On a machine with one GPU, or
-none, a benchmark still waits until it is alone. Under Slurm each job has cards of its own: nothing is locked.
+takes one. The system drops a lock with the process that holds it, so none is ever stale. On a machine with one GPU a
+benchmark still waits until it is alone; without a GPU benchmarks wait for each other, and nothing else does. Under
+Slurm each job has cards of its own: nothing is locked.
 """
 
 import contextlib
@@ -65,7 +66,10 @@ def reserved(alone: bool | None, waiting=lambda: None):
     if alone is None or "SLURM_JOB_ID" in os.environ:
         yield None
         return
-    cards = visible() or ["cpu"]
+    cards = visible() or (["cpu"] if alone else [])
+    if not cards:
+        yield None
+        return
     (CACHE / "cards").mkdir(parents=True, exist_ok=True)
     started, held = False, []
     while not held:

@@ -114,7 +114,10 @@ def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]
     scratch, failed = target.with_suffix(f".{os.getpid()}.ipynb"), target.with_suffix(".failed.ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
     alone = ON_A_CARD.get(source.stem)  # None: needs none
-    with _only(target), cards.reserved(alone, lambda: progress.line("waits for a GPU")):
+    with (
+        _only(target),
+        cards.reserved(alone, lambda: progress.line("waits: another notebook measures, or the GPUs are taken")),
+    ):
         failed.unlink(missing_ok=True)
         progress.line("started")
         started = time.time()

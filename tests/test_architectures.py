@@ -132,3 +132,14 @@ def test_models_that_can_t_be_run_say_why(tokenizer, tmp_path):
     assert "layers of type chunked_attention" in unsupported(
         small("llama", tokenizer, layer_types=["full_attention", "chunked_attention"])
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "mistral", "gpt2"])
+def test_on_a_gpu_too(kind, tokenizer):
+    model = small(kind, tokenizer, **WINDOWS.get(kind, OPTIONS.get(kind, {}))).cuda()
+    assert not assert_alike(model, tokenizer).fallbacks
+    half = model.bfloat16()  # through FlashAttention's kernel
+    wanted = HFLM(pretrained=half, tokenizer=tokenizer).loglikelihood(choices(PAIRS), True)
+    found = HFDialogue(pretrained=half, tokenizer=tokenizer).loglikelihood(choices(PAIRS), True)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], rel=0.03)

@@ -161,11 +161,10 @@ class HFDialogue(HFLM):
                 answer(self, mine, done)
             stock = self._tell(reasons)
 
-            def attempt(size: int) -> None:
-                left = [n for n in stock if answers[n] is None]
+            def attempt(size: int | str) -> None:
                 with self._batches_of(size):
-                    found = HFLM.generate_until(self, [requests[n] for n in left], disable_tqdm=disable_tqdm)
-                for n, text in zip(left, found, strict=True):
+                    found = HFLM.generate_until(self, [requests[n] for n in stock], disable_tqdm=disable_tqdm)
+                for n, text in zip(stock, found, strict=True):
                     answers[n] = text
 
             if stock:

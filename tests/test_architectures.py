@@ -1,12 +1,14 @@
 """Every architecture that hf-dialogue runs answers and scores as lm-eval's HFLM does; every other one is left to it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from engine import SHOTS, both, byte_tokenizer, choices, conversation, requests, small
 from lm_eval.models.huggingface import HFLM
 
+from helpers.evaluate import attention
 from helpers.evaluate.architectures import REASONS, SUPPORTED, unsupported
-from helpers.evaluate.attention import shared_context
 from helpers.evaluate.hf_dialogue import HFDialogue
 
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -111,7 +113,7 @@ def test_other_architectures_are_left_to_stock_with_the_reason(kind, tokenizer):
 
 def test_an_argument_of_attention_that_is_not_known_is_never_passed_over(tokenizer):
     with pytest.raises(TypeError, match="Linear passes position_bias to its attention"):
-        shared_context(torch.nn.Linear(1, 1), *[None] * 4, position_bias=torch.ones(1))
+        attention.shared_context(torch.nn.Linear(1, 1), *[None] * 4, position_bias=torch.ones(1))
 
 
 def test_models_that_can_t_be_run_say_why(tokenizer, tmp_path):
@@ -132,3 +134,34 @@ def test_models_that_can_t_be_run_say_why(tokenizer, tmp_path):
     assert "layers of type chunked_attention" in unsupported(
         small("llama", tokenizer, layer_types=["full_attention", "chunked_attention"])
     )
+
+
+def varlen(query, key, value, queries, keys, most_queries, most_keys, scale, window_size):
+    """What torch.nn.attention.varlen.varlen_attn computes on a GPU: texts one behind the other, each query's last key
+    its own token."""
+    assert most_queries == queries.diff().max() and most_keys == keys.diff().max() and window_size[1] == 0
+    mixed = []
+    for (a, b), (c, d) in zip(pairwise(queries.tolist()), pairwise(keys.tolist()), strict=True):
+        back = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
+        seen = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
+        part = (t.transpose(0, 1) for t in (query[a:b], key[c:d], value[c:d]))
+        mixed.append(torch.nn.functional.scaled_dot_product_attention(*part, attn_mask=seen, scale=scale))
+    return torch.cat(mixed, 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text"])
+def test_the_kernel_for_texts_of_different_lengths_is_given_the_right_ones(kind, tokenizer, monkeypatch):
+    monkeypatch.setattr(attention, "fast", lambda device, dtype: True)
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    assert not assert_alike(small(kind, tokenizer, **WINDOWS.get(kind, {})), tokenizer).fallbacks
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "mistral", "gpt2"])
+def test_on_a_gpu_too(kind, tokenizer):
+    model = small(kind, tokenizer, **WINDOWS.get(kind, OPTIONS.get(kind, {}))).cuda()
+    assert not assert_alike(model, tokenizer).fallbacks
+    half = model.bfloat16()  # through FlashAttention's kernel
+    wanted = HFLM(pretrained=half, tokenizer=tokenizer).loglikelihood(choices(PAIRS), True)
+    found = HFDialogue(pretrained=half, tokenizer=tokenizer).loglikelihood(choices(PAIRS), True)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], rel=0.03)

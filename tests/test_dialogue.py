@@ -23,8 +23,10 @@ from helpers.evaluate.hf_dialogue import FALLBACK_BATCH, HFDialogue
 from helpers.evaluate.limits import CPU_ROWS
 from helpers.evaluate.prefixes import ends, group_by_prefix
 from helpers.evaluate.requests import Request, guess
+from helpers.evaluate.run import evaluate
 from helpers.setup import coqa
 from helpers.setup.layers import widest_layer
+from helpers.setup.models import Loaded
 
 TASKS = str(ROOT / "helpers" / "tasks")
 BFLOAT16_TIE = 0.1  # logits; their spread over the vocabulary is some 20
@@ -526,6 +528,20 @@ def test_rows_times_columns_stay_under_two_to_the_31(tokenizer):
 
 
 # ---- other requests of HFLM, lm-eval's command line
+
+
+def test_further_tasks_have_a_report_of_their_own(study, tiny, tokenizer):
+    tasks = {"max_gen_toks": 4, "tasks": ["few_shot_choices"], "include_path": str(ROOT / "tests/tasks"), "limit": 3}
+    study = study.model_copy(
+        update={
+            "evaluation": study.evaluation.model_copy(update=tasks),
+            "data": [study.sources[0].model_copy(update={"dialogues": 2, "dialogues_on_cpu": 1})],
+        }
+    )
+    found = evaluate(study, Loaded(tiny, tokenizer, {}))
+    assert found["engine"]["counts"]["requests"] == len(found["samples"]["coqa_turns"])
+    assert found["engine"]["tasks"]["counts"]["requests"] == 3 * 4 and not found["engine"]["tasks"]["fallbacks"]
+    assert 0 <= found["results"]["few_shot_choices"]["acc,none"] <= 1
 
 
 def test_lm_evals_command_line(tiny, tokenizer, tmp_path):

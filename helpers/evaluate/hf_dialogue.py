@@ -27,6 +27,7 @@ import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -38,7 +39,7 @@ from tqdm import tqdm
 from helpers import StudyError
 from helpers.evaluate.answers import answer
 from helpers.evaluate.architectures import longest, unsupported
-from helpers.evaluate.limits import CPU_CONTEXTS, Limits, halving
+from helpers.evaluate.limits import CPU_CONTEXTS, Limits, halving, tokens_at_a_time
 from helpers.evaluate.prefixes import Group
 from helpers.evaluate.requests import Endings, Request
 from helpers.evaluate.scores import Scored, score
@@ -49,7 +50,7 @@ GREEDY = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 HARMLESS = {"bos_token_id", "pad_token_id", "eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length"}
 HARMLESS |= {"use_cache", "output_attentions", "output_hidden_states", "transformers_version", "cache_implementation"}
 HARMLESS |= {"_from_model_config"}
-FALLBACK_BATCH = 8  # HFLM's for answers, unless it was given more; its default of 1 leaves a machine idle
+FALLBACK_BATCH = 8  # HFLM's, unless it was given more; its default of 1 leaves a machine idle
 ENCODED = 1024  # texts that the tokenizer is given at a time: what it returns takes ten times the tokens' memory
 logger = logging.getLogger(__name__)
 
@@ -163,19 +164,11 @@ class HFDialogue(HFLM):
                     bar.update(1)
 
                 answer(self, mine, done)
-            stock = self._tell(reasons)
-
-            def attempt(size: int) -> None:
-                left = [n for n in stock if answers[n] is None]
-                with self._batches_of(size):
-                    found = HFLM.generate_until(self, [requests[n] for n in left], disable_tqdm=disable_tqdm)
-                for n, text in zip(left, found, strict=True):
+            if stock := self._tell(reasons):
+                left = [requests[n] for n in stock]
+                found = self._by_stock(lambda: HFLM.generate_until(self, left, disable_tqdm=disable_tqdm))
+                for n, text in zip(stock, found, strict=True):
                     answers[n] = text
-
-            if stock:
-                with self.timed("stock"):
-                    size = self.batch_size
-                    halving(self, max(size, FALLBACK_BATCH), attempt) if isinstance(size, int) else attempt(size)
         return answers
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -209,11 +202,28 @@ class HFDialogue(HFLM):
 
             score(self, mine, done)
         if stock := self._tell(reasons):
-            with self.timed("stock"), self._batches_of(self.given_batch):
-                found = super()._loglikelihood_tokens([requests[n] for n in stock], disable_tqdm=disable_tqdm)
+            left = [requests[n] for n in stock]
+            # HFLM holds all logits and their logarithms at a time.
+            length = max(1, *(len(prepared[n].tokens) for n in stock))
+            most = tokens_at_a_time(self, FALLBACK_BATCH * length, 8 * len(self.tokenizer)) // length
+            found = self._by_stock(lambda: HFLM._loglikelihood_tokens(self, left, disable_tqdm=disable_tqdm), most)
             for n, pair in zip(stock, found, strict=True):
                 answers[n] = pair
         return answers
+
+    def _by_stock(self, call: Callable[[], list], most: int = FALLBACK_BATCH) -> list:
+        """What HFLM answers at the batch size it was given or, if that is more, `most`; with half of it as often as
+        memory runs out."""
+        found = []
+
+        def attempt(size: int | str) -> None:
+            with self._batches_of(size):
+                found.extend(call())
+
+        with self.timed("stock"):
+            size = self.given_batch
+            halving(self, max(size, most), attempt) if isinstance(size, int) else attempt(size)
+        return found
 
     def _bar(self, kind: str, total: int, disabled: bool) -> tqdm:
         return tqdm(total=total, disable=disabled or self.rank != 0, desc=f"Running {kind} requests")

@@ -69,10 +69,10 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def tokens_at_a_time(lm, most: int) -> int:
-    """Tokens of one pass: no more than `most`, than free memory takes, and than keep rows times columns of any layer
-    under 2^31."""
-    memory = free_bytes(lm.device) * ACTIVATIONS_SHARE / bytes_per_token(lm.model)
+def tokens_at_a_time(lm, most: int, token_bytes: int | None = None) -> int:
+    """Tokens of one pass: no more than `most`, than free memory takes (token_bytes: of each; default: a layer's
+    activations), and than keep rows times columns of any layer under 2^31."""
+    memory = free_bytes(lm.device) * ACTIVATIONS_SHARE / (token_bytes or bytes_per_token(lm.model))
     return max(1, min(most, INT32 // widest_layer(lm.model) - 1, int(memory)))
 
 

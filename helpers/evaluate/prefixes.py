@@ -70,7 +70,12 @@ def cut(path: Path, length: int) -> Path:
 
 def ends(path: Path, count: int) -> list[int]:
     """The last `count` columns of a path."""
-    return [column for start, stop in path for column in range(start, stop)][-count:]
+    columns: list[int] = []
+    for start, stop in reversed(path):
+        columns[:0] = range(max(start, stop - count + len(columns)), stop)
+        if len(columns) == count:
+            break
+    return columns
 
 
 def group_by_prefix(requests: list, rows: int, least: int = SHARED_TOKENS, most: int | None = None) -> list[Group]:

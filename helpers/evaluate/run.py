@@ -43,9 +43,10 @@ def evaluate(study: Study, loaded: Loaded, lm: HFDialogue | None = None) -> dict
     """
     lm = lm or model(study, loaded)
     metadata = {"sources": [data.model_dump() for data in study.sources]}
-    # lm-eval's own tasks are some 10,000 files to look through, for seconds: only where one of them is wanted.
-    paths = [str(TASKS), *filter(None, [getattr(study.evaluation, "include_path", None)])]
-    manager = TaskManager(include_path=paths, include_defaults=bool(study.evaluation.tasks), metadata=metadata)
+    paths = [str(TASKS), *filter(None, [study.evaluation.include_path])]
+    manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+    if set(study.evaluation.tasks) - set(manager.all_tasks):  # lm-eval's own are 10,000 files to look through
+        manager = TaskManager(include_path=paths, metadata=metadata)
     common = {
         "model": lm,
         "task_manager": manager,

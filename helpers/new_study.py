@@ -86,9 +86,8 @@ def describe(config, model: str) -> list[str]:
             "tokens (evaluation.max_gen_toks); name a model with a longer one"
         )
     facts = [
-        f"{config.model_type}, {parameters:,} parameters ({parameters * 2 / 1e9:.1f} GB in 16 bits), "
-        f"vocabulary {config.get_text_config().vocab_size:,}, "
-        f"context {f'{context:,} tokens' if context else 'not stated'}"
+        f"{config.model_type}, {parameters:,} parameters ({parameters * 2 / 1e9:.1f} GB in 16 bits), vocabulary "
+        f"{config.get_text_config().vocab_size:,}, context {f'{context:,} tokens' if context else 'not stated'}"
     ]
     if context and context < DIALOGUE_TOKENS:
         facts.append(f"its context is short: dialogues of up to {DIALOGUE_TOKENS:,} tokens may not fit")
@@ -129,8 +128,8 @@ def _from_hub(model: str) -> tuple[dict, object | None, list[str]]:
         commit = revision or (_public_commit(name) if error.reason == "gated" else None)
         return source | ({"revision": commit} if commit else {}), None, [f"not looked up: {error}"]
     facts = [
-        f"{name} at commit {plan['commit'][:8]}, "
-        f"{plan['bytes_to_download'] / 1e9:.1f} of {plan['bytes'] / 1e9:.1f} GB to download"
+        f"{name} at commit {plan['commit'][:8]}, {plan['bytes_to_download'] / 1e9:.1f} of {plan['bytes'] / 1e9:.1f} GB "
+        "to download"
     ]
     return source | {"revision": plan["commit"]}, _config(Path(path).parent, model), facts
 
@@ -153,8 +152,8 @@ def _config(folder: Path, model: str):
         stated = [json.loads((folder / f).read_text("utf-8")) for f in SMALL_FILES if (folder / f).is_file()]
     except Exception as error:  # not JSON, an unknown type, a value that the type's own check refuses
         raise StudyError(
-            f"MODEL={model}: transformers does not know this architecture, and the model's own code is not run; "
-            "name another"
+            f"MODEL={model}: transformers does not know this architecture, and the model's own code is not run; name "
+            "another"
         ) from error
     stated.append(config.get_text_config().to_dict())  # the type's own defaults
     if not any(given.get(key) not in (None, []) for given in stated for key in ("eos_token_id", "eos_token")):

@@ -395,8 +395,7 @@ def from_notebook(namespace: dict) -> Case:
     """What a notebook was given, checked: the names that its parameters cell, or papermill, put into `namespace`.
 
     A notebook that is run by hand holds only the names of a study and a configuration; the rest is read from params/.
-    Raises StudyError naming every wrong key.
-    """
+    Raises StudyError naming every wrong key."""
     plain = (str, int, float, bool, list, dict, tuple, type(None))
     ours = ("In", "Out", "exit", "quit", "open", "get_ipython")  # IPython's own
     given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ours and isinstance(v, plain)}

@@ -23,8 +23,7 @@ _verified: set[tuple[str, str]] = set()
 
 def damaged(folder: Path) -> str | None:
     """Name of the first file of a model's folder that is missing or truncated; None if there is none. Reads headers
-    only.
-    """
+    only."""
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -60,8 +59,7 @@ def verify(study: Study, folder: Path) -> None:
     """Compare the weights' files with what 00_setup recorded, once a process; hash only those whose time of change is
     another.
 
-    Raises StudyError that names the file. Without a record (a notebook run by hand) there is nothing to compare.
-    """
+    Raises StudyError that names the file. Without a record (a notebook run by hand) there is nothing to compare."""
     record = results.path(study, None, "setup")
     if (str(folder), str(record)) in _verified or not record.is_file():
         return
@@ -106,8 +104,7 @@ def check_positions(study: Study, config) -> Sizes:
 def check_loaded(study: Study, model: PreTrainedModel, report) -> None:
     """Raises StudyError if a tensor was missing, unexpected or of another shape, or if a weight is not finite.
 
-    report: transformers' loading info (missing_keys, unexpected_keys, mismatched_keys).
-    """
+    report: transformers' loading info (missing_keys, unexpected_keys, mismatched_keys)."""
     for kind, what in (
         ("missing", "lack"),
         ("unexpected", "hold the unknown tensor"),
@@ -116,9 +113,8 @@ def check_loaded(study: Study, model: PreTrainedModel, report) -> None:
         if keys := sorted(k if isinstance(k, str) else k[0] for k in report.get(f"{kind}_keys", ())):
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise StudyError(
-                f"model.name: the weights of {study.model.name} {what} {keys[0]}{more}, so they do not belong to "
-                "its config.json; "
-                "fetch or copy the whole folder again"
+                f"model.name: the weights of {study.model.name} {what} {keys[0]}{more}, so they do not belong to its "
+                "config.json; fetch or copy the whole folder again"
             )
     for held in tensors(model):
         for name, tensor in held.items():
@@ -126,21 +122,19 @@ def check_loaded(study: Study, model: PreTrainedModel, report) -> None:
             if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():
                 raise StudyError(
                     f"model.name: {name} of {study.model.name} holds NaN or infinite weights in "
-                    f"{str(tensor.dtype).removeprefix('torch.')}; fetch the weights "
-                    "again, or set `dtype` to bfloat16 or float32 if the model does not fit float16"
+                    f"{str(tensor.dtype).removeprefix('torch.')}; fetch the weights again, or set `dtype` to bfloat16 "
+                    "or float32 if the model does not fit float16"
                 )
 
 
 def check_rows(configuration: Configuration, model: PreTrainedModel) -> None:
     """bitsandbytes 0.50 rearranges 4-bit layers for CPUs with AVX512-BF16 in blocks of 32 rows (functional.py,
-    `block_n`).
-    """
+    `block_n`)."""
     if configuration.quantization.method != "bitsandbytes-4bit" or model.device.type != "cpu" or not has_avx512bf16():
         return
     for name, layer in quantized_layers(model).items():
         if layer.out_features % 32:
             raise NotHere(
-                f"{configuration.configuration}: {name} has {layer.out_features} rows, and on this CPU "
-                "(AVX512-BF16) bitsandbytes "
-                "multiplies 4-bit weights in blocks of 32 rows; run it on a GPU"
+                f"{configuration.configuration}: {name} has {layer.out_features} rows, and on this CPU (AVX512-BF16) "
+                "bitsandbytes multiplies 4-bit weights in blocks of 32 rows; run it on a GPU"
             )

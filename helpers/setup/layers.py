@@ -31,9 +31,8 @@ def _state_tensors(state, prefix: str = "") -> dict[str, torch.Tensor]:
 def quantization_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Tensors that belong to a quantized layer's weight but are neither parameters nor buffers, by name.
 
-    4-bit: absmax, code, offset, state2.absmax, state2.code. int8: SCB (on the weight before, in `state` after the
-    first run). `Int4Linear`: scales_and_zeros, a buffer.
-    """
+    4-bit: absmax, code, offset, state2.absmax, state2.code. int8: SCB (on the weight before, in `state` after the first
+    run). `Int4Linear`: scales_and_zeros, a buffer."""
     if isinstance(module, Int4Linear):
         return {"scales_and_zeros": module.scales_and_zeros}
     found = {}
@@ -52,8 +51,7 @@ def inner(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """The plain tensors inside a wrapper of several (torchao's: integers or float8 values, and scales), by name; none
     in a plain one.
 
-    The wrapper has the shape and type of the weight that it stands for, so its own `nbytes` is not what it occupies.
-    """
+    The wrapper has the shape and type of the weight that it stands for, so its own `nbytes` is not what it occupies."""
     return (
         {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
         if hasattr(tensor, "__tensor_flatten__")
@@ -62,8 +60,8 @@ def inner(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """All tensors that hold the model: (parameters and buffers, quantization state), by name; what is shared is
-    listed once."""
+    """All tensors that hold the model: (parameters and buffers, quantization state), by name; what is shared is listed
+    once."""
     plain, state, seen = {}, {}, set()
 
     def add(target, name, tensor):
@@ -116,8 +114,8 @@ def linear_layers(model) -> dict[str, torch.nn.Linear]:
 
 
 def repacked(module: torch.nn.Module) -> bool:
-    """Has bitsandbytes rearranged a 4-bit layer for this CPU? On CPUs with AVX512-BF16 its first forward pass does,
-    and from then on it computes in bfloat16, scales included, whatever the compute dtype."""
+    """Has bitsandbytes rearranged a 4-bit layer for this CPU? On CPUs with AVX512-BF16 its first forward pass does, and
+    from then on it computes in bfloat16, scales included, whatever the compute dtype."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
@@ -127,10 +125,9 @@ def dequantize(module: torch.nn.Module) -> torch.Tensor:
 
     bitsandbytes' layers are undone with its own functions. Any other quantized layer is asked for the image of the
     identity, which is its weight if it quantizes weights only (GPTQ, AWQ, weight-only FP8; formats that scale each
-    activation row by its maximum keep a row of the identity too). AWQ moves scales into neighbouring layers: its
-    weight is not comparable with the original. A 4-bit layer that a forward pass has repacked for this CPU
-    (`repacked`) is asked as well, and answers in bfloat16.
-    """
+    activation row by its maximum keep a row of the identity too). AWQ moves scales into neighbouring layers: its weight
+    is not comparable with the original. A 4-bit layer that a forward pass has repacked for this CPU (`repacked`) is
+    asked as well, and answers in bfloat16."""
     if isinstance(module, Int4Linear):
         return module.unpacked()
     weight = module.weight if hasattr(module, "weight") else None
@@ -183,10 +180,10 @@ def is_quantized(module: torch.nn.Module) -> bool:
 
 
 def make_plain(model: torch.nn.Module) -> None:
-    """Take compressed-tensors' wrappers off a model that is unpacked: its weights are final, and the wrappers'
-    Python, in every access to a weight and every call of a layer, would be counted as time (and its scales as
-    memory). torch.compile can't see through them either. `quantization_scheme` stays, and tells a layer that was
-    quantized (`is_quantized`)."""
+    """Take compressed-tensors' wrappers off a model that is unpacked: its weights are final, and the wrappers' Python,
+    in every access to a weight and every call of a layer, would be counted as time (and its scales as memory).
+    torch.compile can't see through them either. `quantization_scheme` stays, and tells a layer that was quantized
+    (`is_quantized`)."""
     from compressed_tensors.offload import remove_dispatch
 
     remove_dispatch(model, onload_tensors=True)

@@ -190,8 +190,7 @@ def kernel_dtype(options) -> str | None:
 
 def require(configuration: Configuration) -> None:
     """Raises NotHere if this machine lacks a package or the hardware, StudyError if the configuration asks for a type
-    its kernel lacks.
-    """
+    its kernel lacks."""
     name, options = configuration.configuration, configuration.quantization
     method = METHODS[options.method]
     missing = [p for p in method.packages if importlib.util.find_spec(p) is None]

@@ -118,10 +118,9 @@ def _writing(folder: Path):
 
 
 def describe(study: Study) -> dict:
-    """The full-precision weights: source, commit, licence, parameters, dtype (config.json's), and of each file its
-    size (bytes), time of change (ns) and sha256. Prepares them first. Raises StudyError if the study asks for more
-    than the model's positions.
-    """
+    """The full-precision weights: source, commit, licence, parameters, dtype (config.json's), and of each file its size
+    (bytes), time of change (ns) and sha256. Prepares them first. Raises StudyError if the study asks for more than the
+    model's positions."""
     folder = Path(prepare(study))
     config = _config(study, folder)
     integrity.check_positions(study, config)
@@ -164,9 +163,8 @@ def _explained(study: Study):
         if "trust_remote_code" not in str(error):
             raise
         raise StudyError(
-            f"model.name: {study.model.name} needs code of its own (auto_map in config.json), which is never run; "
-            "name a model "
-            "that transformers knows"
+            f"model.name: {study.model.name} needs code of its own (auto_map in config.json), which is never run; name "
+            "a model that transformers knows"
         ) from error
 
 
@@ -177,8 +175,7 @@ def _config(study: Study, folder: str | Path):
 
 def _tokenizer(study: Study, folder: str):
     """The tokenizer; None for random weights. What tokenizer and configuration don't name for EOS,
-    generation_config.json may.
-    """
+    generation_config.json may."""
     if study.model.source == "random":
         return None
     with _explained(study):
@@ -188,9 +185,8 @@ def _tokenizer(study: Study, folder: str):
             if "trust_remote_code" in str(error):
                 raise
             raise StudyError(
-                f"model.name: {study.model.name} has no tokenizer files that can be read ({type(error).__name__}); "
-                "put the "
-                "tokenizer.json and tokenizer_config.json of the model it was made from beside its config.json"
+                f"model.name: {study.model.name} has no tokenizer files that can be read ({type(error).__name__}); put "
+                "the tokenizer.json and tokenizer_config.json of the model it was made from beside its config.json"
             ) from error
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         generation = Path(folder, "generation_config.json")
@@ -199,9 +195,8 @@ def _tokenizer(study: Study, folder: str):
         end = end[0] if isinstance(end, list) and end else end
         if not isinstance(end, int) or (token := tokenizer.convert_ids_to_tokens(end)) is None:
             raise StudyError(
-                f"model.name: the tokenizer of {study.model.name} names neither a BOS nor an EOS token, and scoring "
-                "a text needs one; "
-                "add eos_token to its tokenizer_config.json"
+                f"model.name: the tokenizer of {study.model.name} names neither a BOS nor an EOS token, and scoring a "
+                "text needs one; add eos_token to its tokenizer_config.json"
             )
         tokenizer.eos_token = token
     return tokenizer
@@ -242,8 +237,7 @@ def shares(model: PreTrainedModel, folder: Path | None) -> dict:
 
 def _checkpoint_bytes_of(folder: Path, layers: dict) -> int:
     """Bytes of the tensors of `layers` in a compressed-tensors checkpoint: packed weights, scales, zero points,
-    shapes.
-    """
+    shapes."""
     wanted = {f"{name}.weight_{part}" for name in layers for part in CALIBRATED_TENSORS}
     total = 0
     for path in folder.glob("*.safetensors"):
@@ -254,18 +248,16 @@ def _checkpoint_bytes_of(folder: Path, layers: dict) -> int:
 
 
 def load(study: Study, configuration: Configuration) -> Loaded:
-    """The model on its device, quantized, in eval mode; its tokenizer (None for random weights); and how it was
-    loaded.
+    """The model on its device, quantized, in eval mode; its tokenizer (None for random weights); and how it was loaded.
 
-    info: device, dtype (what is computed in), dtype_reason, load_seconds (s, from file to device, quantization
-    included unless it is calibrated), parameters, quantized_layers, quantization (its options), kernel (what
-    multiplies, in words), packed (the device holds the method's own bits), checkpoint_bytes (of a calibrated method's
-    file, else of what `save_pretrained` would write), checkpoint_dtype (of what is not quantized in it), `shares`,
-    and warning (a sentence, or None). Calibrated methods: also quantize_seconds (s), from_cache, calibration (source,
-    seed, samples, tokens, sha256).
+    info: device, dtype (what is computed in), dtype_reason, load_seconds (s, from file to device, quantization included
+    unless it is calibrated), parameters, quantized_layers, quantization (its options), kernel (what multiplies, in
+    words), packed (the device holds the method's own bits), checkpoint_bytes (of a calibrated method's file, else of
+    what `save_pretrained` would write), checkpoint_dtype (of what is not quantized in it), `shares`, and warning (a
+    sentence, or None). Calibrated methods: also quantize_seconds (s), from_cache, calibration (source, seed, samples,
+    tokens, sha256).
 
-    Raises NotHere if this machine can't do the method, StudyError if the weights are not what they should be.
-    """
+    Raises NotHere if this machine can't do the method, StudyError if the weights are not what they should be."""
     methods.require(configuration)
     options, method = configuration.quantization, METHODS[configuration.quantization.method]
     source = prepare(study)

@@ -102,6 +102,7 @@ def test_layers_count_what_is_stored():
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_calibrated_checkpoint_computes_the_same_packed(tiny, monkeypatch, method):
+    pytest.importorskip("llmcompressor")
     wanted = configuration(method, group_size=32, calibration=TOKENS)
     unpacked = models.load(tiny, wanted)
     assert not unpacked.info["packed"] and unpacked.info["kernel"].startswith("no 4-bit kernel here (it needs a GPU)")
@@ -134,7 +135,7 @@ def test_what_the_kernel_needs(monkeypatch):
     assert "float16 is asked for" in packed.obstacle(64, "cuda", "float16")
     options = configuration("gptq").quantization
     assert methods.is_packed(options, "cuda", "bfloat16") and not methods.is_packed(options, "cuda", "float16")
-    assert methods.METHODS["gptq"].kernel(options, "cuda", "bfloat16") == packed.KERNEL
+    assert methods.kernel(options, "cuda", "bfloat16") == packed.KERNEL
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert methods.kernel_dtype(options) == "bfloat16"
     assert methods.kernel_dtype(configuration("bitsandbytes-int8").quantization) is None

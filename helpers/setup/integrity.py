@@ -22,7 +22,7 @@ _verified: set[tuple[str, str]] = set()
 
 
 def damaged(folder: Path) -> str | None:
-    """Name of the first file of a model's folder that is missing or truncated (headers are read); None: all are whole."""
+    """Name of the first file of a model's folder that is missing or truncated (by its header); None: all are whole."""
     name = "config.json"
     try:
         json.loads((folder / name).read_text(encoding="utf-8"))

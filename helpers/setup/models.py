@@ -273,7 +273,7 @@ def load(study: Study, configuration: Configuration) -> Loaded:
         "parameters": parameter_count(model),
         "quantized_layers": len(quantized_layers(model)),
         "quantization": options.model_dump(),
-        "kernel": method.kernel(options, device.type, _name(dtype)),
+        "kernel": methods.kernel(options, device.type, _name(dtype)),
         "packed": methods.is_packed(options, device.type, _name(dtype)),
         "checkpoint_bytes": record.get("checkpoint_bytes") or checkpoint_bytes(model),
         "checkpoint_dtype": record.get("checkpoint_dtype", _name(dtype)),

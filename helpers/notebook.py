@@ -147,7 +147,8 @@ def _execute(source: Path, target: Path, given: dict, progress: _Progress) -> No
     os.environ["JUPYTER_PATH"] = os.pathsep.join([str(_kernels()), os.environ.get("JUPYTER_PATH", "")])
     papermill.execute_notebook(
         str(source), str(target), parameters=given, cwd=str(source.parent), progress_bar=False, stdout_file=progress,
-        stderr_file=SimpleNamespace(write=progress.bar, flush=progress.flush), kernel_name="python3", request_save_on_cell_execute=True, autosave_cell_every=0,
+        stderr_file=SimpleNamespace(write=progress.bar, flush=progress.flush), kernel_name="python3",
+        request_save_on_cell_execute=True, autosave_cell_every=0,
         extra_arguments=["--IPKernelApp.log_level=50"],
     )  # fmt: skip
 

@@ -128,9 +128,7 @@ def read(path: Path) -> dict:
         _check_node(node)
         return yaml.safe_load(text)
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {near[0]}.yaml?" if near else ""
-        raise StudyError(f"{path}: there is no such file{hint}") from None
+        raise StudyError(f"{path}: there is no such file") from None
     except UnicodeDecodeError:
         raise StudyError(f"{path}: not UTF-8 text; save it as UTF-8") from None
     except OSError as error:

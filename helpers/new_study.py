@@ -1,12 +1,11 @@
 """Write a new study's folder: `make new-study MODEL=Qwen/Qwen2.5-0.5B STUDY=qwen2.5-0.5b`.
 
 MODEL is a name on the model hub (OWNER/NAME, or OWNER/NAME@REVISION) or a folder with config.json, safetensors and a
-tokenizer. params/STUDY gets study.yaml, which names formats of params/formats and says what differs from the
-defaults. A hub model is asked CoQA (the revision of params/llama-3.2-1b), a local one the project's own dialogues.
+tokenizer. params/STUDY/study.yaml names formats and says what differs from the defaults. A hub model is asked CoQA (the
+revision of params/llama-3.2-1b), a local one the project's own dialogues.
 
-What the model's small files say is looked up first. What can't work is refused (no such model, not a decoder, quantized
-already, a context without room for an answer, no token that ends a text, no tokenizer); what could not be looked up (no
-access yet, no network) is said, and the folder is written all the same. No code of a model is run.
+The model's small files are looked up first: what can't work is refused; what could not be looked up (no access yet, no
+network) is said, and the study is written all the same. No code of a model is run.
 """
 
 import json
@@ -39,13 +38,11 @@ SMALL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 
 class Written(NamedTuple):
     folder: Path
-    files: list[str]
     facts: list[str]  # what was found out about the model, a line each
 
 
 def write(model: str, study: str) -> Written:
-    """Make params/STUDY for a model. Raises StudyError if the folder is there already, or the model can't be
-    studied."""
+    """Make params/STUDY. Raises StudyError if it is there already, or the model can't be studied."""
     folder = params.PARAMS / study
     if not re.fullmatch(NAME, study) or study != study.lower() or study in RESERVED:
         raise StudyError(f"STUDY={study}: write lower-case letters, digits, dots and hyphens, such as qwen2.5-0.5b")
@@ -63,40 +60,32 @@ def write(model: str, study: str) -> Written:
         head = f"# Written by make new-study MODEL={' '.join(model.split())}; change what you like."
         (new / "study.yaml").write_text(f"{head}\n{text}", encoding="utf-8")
         os.replace(new, folder)
-    return Written(folder, ["study.yaml"], facts)
+    return Written(folder, facts)
 
 
 def describe(config, model: str) -> list[str]:
     """Facts about a transformers configuration, a line each. Raises StudyError if it can't be studied."""
+    model, heads = f"MODEL={model}", config.architectures or []
     if getattr(config, "quantization_config", None):
-        raise StudyError(f"MODEL={model} is quantized already; name the model that it was made from")
-    heads = config.architectures or []
+        raise StudyError(f"{model} is quantized already; name the model that it was made from")
     if heads and not any(h.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for h in heads):
-        raise StudyError(f"MODEL={model} is {heads[0]}, not a decoder that writes text; name a causal language model")
+        raise StudyError(f"{model} is {heads[0]}, not a decoder that writes text; name a causal language model")
     try:
         parameters = _parameters(config)
     except Exception as error:  # a configuration can be wrong in as many ways as there are models
-        raise StudyError(
-            f"MODEL={model} is of type {config.model_type}, not a decoder that transformers loads by itself"
-        ) from error
-    context, answer = _context(config), params.Evaluation().max_gen_toks
+        said = f"is of type {config.model_type}, not a decoder that transformers loads by itself"
+        raise StudyError(f"{model} {said}") from error
+    text, answer = config.get_text_config(), params.Evaluation().max_gen_toks
+    context = getattr(text, "max_position_embeddings", None)
     if context and context <= answer + 64:  # the least question, with the end of its story
-        raise StudyError(
-            f"MODEL={model}: its context of {context} tokens has no room for a question and an answer of {answer} "
-            "tokens (evaluation.max_gen_toks); name a model with a longer one"
-        )
-    facts = [
-        f"{config.model_type}, {parameters:,} parameters ({parameters * 2 / 1e9:.1f} GB in 16 bits), "
-        f"vocabulary {config.get_text_config().vocab_size:,}, "
-        f"context {f'{context:,} tokens' if context else 'not stated'}"
-    ]
+        said = f"its context of {context} tokens has no room for a question and an answer of {answer} tokens"
+        raise StudyError(f"{model}: {said} (evaluation.max_gen_toks); name a model with a longer one")
+    stated = f"{context:,} tokens" if context else "not stated"
+    facts = [f"{config.model_type}, {parameters:,} parameters ({parameters * 2 / 1e9:.1f} GB in 16 bits), "]
+    facts[0] += f"vocabulary {text.vocab_size:,}, context {stated}"
     if context and context < DIALOGUE_TOKENS:
         facts.append(f"its context is short: dialogues of up to {DIALOGUE_TOKENS:,} tokens may not fit")
     return facts
-
-
-def _context(config) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _is_path(model: str) -> bool:
@@ -105,14 +94,14 @@ def _is_path(model: str) -> bool:
 
 def _local(model: str) -> tuple[dict, object, list[str]]:
     folder = Path(os.path.abspath(Path(model).expanduser()))
-    if not (folder / "config.json").is_file():
-        raise StudyError(
-            f"MODEL={model}: there is no config.json; give a folder written by save_pretrained, or OWNER/NAME"
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise StudyError(f"MODEL={model}: there are no safetensors weights; save the model with save_pretrained")
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise StudyError(f"MODEL={model}: there is no tokenizer; save it with the tokenizer's save_pretrained")
+    needed = {
+        ("config.json",): "config.json; give a folder written by save_pretrained, or OWNER/NAME",
+        ("*.safetensors",): "safetensors weights; save the model with save_pretrained",
+        TOKENIZERS: "tokenizer; save it with the tokenizer's save_pretrained",
+    }
+    for patterns, said in needed.items():
+        if not any(path for pattern in patterns for path in folder.glob(pattern)):
+            raise StudyError(f"MODEL={model}: there is no {said}")
     return {"source": "path", "name": str(folder)}, _config(folder, model), []
 
 
@@ -128,15 +117,13 @@ def _from_hub(model: str) -> tuple[dict, object | None, list[str]]:
             raise
         commit = revision or (_public_commit(name) if error.reason == "gated" else None)
         return source | ({"revision": commit} if commit else {}), None, [f"not looked up: {error}"]
-    facts = [
-        f"{name} at commit {plan['commit'][:8]}, "
-        f"{plan['bytes_to_download'] / 1e9:.1f} of {plan['bytes'] / 1e9:.1f} GB to download"
-    ]
+    sizes = f"{plan['bytes_to_download'] / 1e9:.1f} of {plan['bytes'] / 1e9:.1f} GB to download"
+    facts = [f"{name} at commit {plan['commit'][:8]}, {sizes}"]
     return source | {"revision": plan["commit"]}, _config(Path(path).parent, model), facts
 
 
 def _public_commit(name: str) -> str | None:
-    """The commit of a gated model: its files are closed, but not its name and history. None if the hub does not say."""
+    """The commit of a gated model, whose name and history are open. None if the hub does not say."""
     try:
         return huggingface_hub.model_info(name).sha
     except (httpx.HTTPError, OSError):  # only a convenience: without it the study has no fixed revision
@@ -152,15 +139,12 @@ def _config(folder: Path, model: str):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         stated = [json.loads((folder / f).read_text("utf-8")) for f in SMALL_FILES if (folder / f).is_file()]
     except Exception as error:  # not JSON, an unknown type, a value that the type's own check refuses
-        raise StudyError(
-            f"MODEL={model}: transformers does not know this architecture, and the model's own code is not run; "
-            "name another"
-        ) from error
+        said = "transformers does not know this architecture, and the model's own code is not run; name another"
+        raise StudyError(f"MODEL={model}: {said}") from error
     stated.append(config.get_text_config().to_dict())  # the type's own defaults
     if not any(given.get(key) not in (None, []) for given in stated for key in ("eos_token_id", "eos_token")):
-        raise StudyError(
-            f"MODEL={model}: no eos_token_id, the token that ends a text; state it in its generation_config.json"
-        )
+        said = "no eos_token_id, the token that ends a text; state it in its generation_config.json"
+        raise StudyError(f"MODEL={model}: {said}")
     return config
 
 
@@ -173,18 +157,18 @@ def _parameters(config) -> int:
 
 
 def _study(study: str, source: dict, config) -> dict:
-    """study.yaml's values: what differs from the defaults."""
-    paper = params.read_yaml(params.PARAMS / PAPER / "study.yaml")
-    large = config is None or _parameters(config) >= SMALL
-    hub_data = source["source"] == "hub"
-    asked = "CoQA" if hub_data else "the project's own dialogues"
-    return {
+    """study.yaml's values: what differs from the defaults, which shrink to a context (params.Sizes.fitted)."""
+    paper, on_hub = params.read_yaml(params.PARAMS / PAPER / "study.yaml"), source["source"] == "hub"
+    asked = "CoQA" if on_hub else "the project's own dialogues"
+    values = {
         "study": study,
         "title": f"{Path(source['name']).name} on {asked}",
         "formats": FORMATS,
         "model": source,
-        "data": paper["data"] if hub_data else {"source": "embedded", "dialogues_on_cpu": 20},
-    } | ({"benchmark": {"cpu": paper["benchmark"]["cpu"]}} if large else {})
+        "data": paper["data"] if on_hub else {"source": "embedded", "dialogues_on_cpu": 20},
+    }
+    large = config is None or _parameters(config) >= SMALL
+    return values | ({"benchmark": {"cpu": paper["benchmark"]["cpu"]}} if large else {})
 
 
 def main(argv: list[str]) -> None:
@@ -196,7 +180,7 @@ def main(argv: list[str]) -> None:
         written = write(*argv)
     except StudyError as error:
         raise SystemExit(str(error)) from None
-    print(f"wrote params/{argv[1]}: {', '.join(written.files)}")
+    print(f"wrote params/{argv[1]}: study.yaml")
     for fact in written.facts:
         print(f"  {fact}")
     print(f"next: make run-all STUDY={argv[1]}")

@@ -1,14 +1,11 @@
 """The schema of params/STUDY/study.yaml and of configurations.
 
 A configuration is a format of params/formats, which all studies share, or params/STUDY/CONFIGURATION.yaml, which
-replaces its keys or adds one of the study's own.
-
-papermill injects whatever the files hold and only warns about a key that no notebook knows. So every notebook checks
-what it was given before it computes anything:
+replaces its keys or adds one of the study's own. papermill injects whatever the files hold; every notebook checks it:
 
     case = params.from_notebook(globals())    # case.study, case.configuration
 
-and the command line checks the files themselves (`python -m helpers.params STUDY [CONFIGURATION ...]`).
+The command line checks the files themselves (`python -m helpers.params STUDY [CONFIGURATION ...]`).
 """
 
 import difflib
@@ -18,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from helpers import ROOT, StudyError
 from helpers.checked_yaml import LINE, NAME, validate
@@ -94,19 +91,13 @@ class Data(Strict):
 
 
 class Evaluation(Strict):
-    max_gen_toks: Positive = 256  # lm-eval's default; of a dialogue's answer, of which the metric reads one line
+    # lm-eval's default; of a dialogue's answer, of which the metric reads one line
+    max_gen_toks: Annotated[int, Field(gt=0, le=2048)] = 256
     batch_size: Positive | None = None  # none: found from free memory
     tasks: Annotated[list[Line], AsList] = []  # further lm-eval tasks beside the dialogues
     include_path: Line | None = None  # a folder with lm-eval tasks of your own
     limit: Positive | None = None  # documents of each further task
     samples_text: bool = True  # false: results hold ids, scores, lengths and hashes, and no text
-
-    @field_validator("max_gen_toks")
-    @classmethod
-    def _bounded(cls, tokens: int) -> int:
-        if tokens > 2048:
-            raise ValueError("at most 2048: context and memory are kept free for it, and an answer is one line")
-        return tokens
 
 
 class Sizes(Strict):
@@ -132,13 +123,11 @@ class Sizes(Strict):
         }.items():
             given = getattr(self, name)
             tokens = given if isinstance(given, list) else [given]
-            if max(tokens, default=0) <= most:
+            if (longest := max(tokens, default=0)) <= most:
                 continue
             if name in self.model_fields_set or most < 1:
-                raise StudyError(
-                    f"{where}.{name}: {max(tokens)} is too long for the model's {positions} positions; write at most "
-                    f"{max(most, 1)}"
-                )
+                said = f"{longest} is too long for the model's {positions} positions; write at most {max(most, 1)}"
+                raise StudyError(f"{where}.{name}: {said}")
             fit = [n for n in tokens if n <= most] or [most]
             changed[name] = fit if isinstance(given, list) else fit[0]
         return self.model_copy(update=changed)
@@ -270,12 +259,10 @@ class Calibration(Strict):
         """`auto` decided: random tokens for random weights, CoQA's train split if CoQA is evaluated, else held-out."""
         if self.source != "auto":
             return self
-        if study.model.source == "random":
-            return self.model_copy(update={"source": "random-tokens"})
-        for data in study.sources:
-            if data.source == COQA:
-                return self.model_copy(update={"source": COQA, "revision": data.revision})
-        return self.model_copy(update={"source": "embedded-held-out"})
+        asked = [data for data in study.sources if data.source == COQA]
+        source = "random-tokens" if study.model.source == "random" else COQA if asked else "embedded-held-out"
+        revision = {"revision": asked[0].revision} if source == COQA else {}
+        return self.model_copy(update={"source": source, **revision})
 
 
 class GPTQ(Strict):
@@ -311,15 +298,18 @@ class Configuration(Strict):
 FULL_PRECISION = Configuration(configuration="full", label="Full precision", quantization=Full(method="none"))
 
 
+def _near(name: str, names, form: str) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {form.format(close[0])}?" if close else ""
+
+
 def folder(study: str) -> Path:
-    path = PARAMS / study
     if not re.fullmatch(NAME, study):
         raise StudyError(f"STUDY={study}: write the name of one folder of params/, such as STUDY=smollm2-135m")
-    if not (path / "study.yaml").is_file():
-        near = difflib.get_close_matches(study, [p.name for p in PARAMS.iterdir()], n=1)
-        hint = f"; did you mean STUDY={near[0]}?" if near else ""
+    if not (PARAMS / study / "study.yaml").is_file():
+        hint = _near(study, (p.name for p in PARAMS.iterdir()), "STUDY={}")
         raise StudyError(f"params/{study}/study.yaml: there is no such study{hint}")
-    return path
+    return PARAMS / study
 
 
 def read_study(study: str) -> Study:
@@ -336,17 +326,14 @@ def configuration_files(study: str, configuration: str) -> list[Path]:
     if (PARAMS / configuration / "study.yaml").is_file():
         raise StudyError(f"'{study}' and '{configuration}' are both studies; name one, STUDY={study}")
     if not files:
-        near = difflib.get_close_matches(configuration, configurations(study), n=1)
-        hint = f"; did you mean {near[0]}.yaml?" if near else ""
+        hint = _near(configuration, configurations(study), "{}.yaml")
         raise StudyError(f"params/formats/{configuration}.yaml: there is no such file{hint}")
     return files
 
 
 def read_configuration(study: str, configuration: str) -> Configuration:
     files = configuration_files(study, configuration)
-    values: dict = {}
-    for path in files:
-        values |= read_yaml(path)
+    values = {key: value for path in files for key, value in read_yaml(path).items()}
     where = " and ".join(f"params/{p.parent.name}/{p.name}" for p in files)
     result = validate(Configuration, values, where)
     if result.configuration != configuration:
@@ -395,8 +382,7 @@ def from_notebook(namespace: dict) -> Case:
     """What a notebook was given, checked: the names that its parameters cell, or papermill, put into `namespace`.
 
     A notebook that is run by hand holds only the names of a study and a configuration; the rest is read from params/.
-    Raises StudyError naming every wrong key.
-    """
+    Raises StudyError naming every wrong key."""
     plain = (str, int, float, bool, list, dict, tuple, type(None))
     ours = ("In", "Out", "exit", "quit", "open", "get_ipython")  # IPython's own
     given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ours and isinstance(v, plain)}

@@ -154,11 +154,7 @@ SENTENCES = {  # token: [(name, revision, function), reason, words]
         (["tiny/page", None], "network", ["does not answer like a model hub", "login page"]),
         (["tiny/stall", None], "network", ["did not answer in 0.7 s", "try again later"]),
         (["tiny/drip", None, "snapshot"], "network", ["too slow"]),
-        (
-            ["tiny/flip", None, "snapshot"],
-            "damaged",
-            ["model.safetensors of tiny/flip", "another mirror"],
-        ),
+        (["tiny/flip", None, "snapshot"], "damaged", ["model.safetensors of tiny/flip", "another mirror"]),
     ],
     NOT_GRANTED: [
         (["tiny/gated", None], "gated", ["your token has no access", "ask for access"]),

@@ -93,7 +93,7 @@ def test_unpacked_methods_claim_no_kernel(load):
     for name in ("gptq", "awq"):
         options = configuration(name).quantization
         assert not methods.is_packed(options, "cpu", "float32")
-        assert methods.METHODS[name].kernel(options, "cpu", "float32").startswith("no 4-bit kernel here")
+        assert methods.kernel(options, "cpu", "float32").startswith("no 4-bit kernel here")
     info = load("nf4").info
     assert info["packed"] and info["quantized_layers"] == 210 and "nf4" in info["kernel"]
     assert load("fp16").info["quantized_layers"] == 0 and not load("fp16").info["packed"]

@@ -213,7 +213,7 @@ def test_pickles_and_code_of_a_model_are_refused(mine):
 
 def test_tokenizer_that_is_missing_or_names_no_end(embedded, mine):
     mine, folder = mine
-    _refused(mine, "has no tokenizer files that can be read .* put the tokenizer.json")
+    _refused(mine, "has no tokenizer files that can be read .* put tokenizer.json")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded / name, folder)
     values = json.loads((folder / "tokenizer_config.json").read_text())

@@ -135,7 +135,7 @@ def test_what_the_kernel_needs(monkeypatch):
     assert "float16 is asked for" in packed.obstacle(64, "cuda", "float16")
     options = configuration("gptq").quantization
     assert methods.is_packed(options, "cuda", "bfloat16") and not methods.is_packed(options, "cuda", "float16")
-    assert methods.METHODS["gptq"].kernel(options, "cuda", "bfloat16") == packed.KERNEL
+    assert methods.kernel(options, "cuda", "bfloat16") == packed.KERNEL
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert methods.kernel_dtype(options) == "bfloat16"
     assert methods.kernel_dtype(configuration("bitsandbytes-int8").quantization) is None

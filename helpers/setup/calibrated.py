@@ -2,14 +2,11 @@
 
     folder, record = calibrated.quantized(study, configuration, source, tokenizer, device, dtype)
 
-The folder's name ends in a key over everything that the weights depend on (`ingredients`): the full-precision
-weights, the method's options, the calibration tokens, the compute type, and the packages' versions. It appears in one
-move, complete or not at all, and holds record.json with the seconds that quantizing took. Quantizing is a process of
-its own, so that its workspaces are not in the memory that is measured afterwards.
+The folder's name ends in a key over everything that the weights depend on (`ingredients`). It appears in one move,
+complete or not at all. Quantizing is a process of its own: its workspaces are not in the memory measured afterwards.
 
-Calibration text is never a dialogue that is evaluated. Every sample is one dialogue, written as lm-eval's CoQA prompt
-writes it (story, then all questions with their answers), cut to `sequence_length` tokens. A model with random weights
-has no tokenizer: `source: random-tokens` draws token ids.
+Calibration text is never a dialogue that is evaluated. Every sample is one dialogue as lm-eval's CoQA prompt writes it,
+cut to `sequence_length` tokens; for random weights, which have no tokenizer, `source: random-tokens` draws token ids.
 
 GPTQ: Frantar et al., 2022, https://arxiv.org/abs/2210.17323. AWQ: Lin et al., 2023, https://arxiv.org/abs/2306.00978.
 """
@@ -46,24 +43,18 @@ AT_MOST, OF_RANDOM = 128, 16  # samples where the parameters name no number
 
 
 def text(dialogue: dict) -> str:
-    """A dialogue as text: lm-eval's `coqa` prompt (lm_eval/tasks/coqa/utils.py, doc_to_text), with the last answer as
-    well.
-    """
+    """lm-eval's `coqa` prompt (lm_eval/tasks/coqa/utils.py, doc_to_text), with the last answer as well."""
     turns = zip(dialogue["questions"]["input_text"], dialogue["answers"]["input_text"], strict=True)
     return dialogue["story"] + "\n\n" + "".join(f"Q: {question}\n\nA: {answer}\n\n" for question, answer in turns)
 
 
-def _plain(story: str) -> str:
-    """A story as it is compared: white space and case do not make it another one."""
-    return " ".join(story.lower().split())
-
-
 def check_unseen(dialogues: list[dict], study: Study) -> None:
-    """Raises StudyError if the story of one of `dialogues` is evaluated in this study. Ids say nothing: two files may
-    both count from 0."""
-    stories = {_plain(d["story"]) for d in coqa.read_all(study)}
+    """Raises StudyError if the story of one of `dialogues`, whatever its case and white space, is evaluated in this
+    study. Ids say nothing: two files may both count from 0."""
+    plain = lambda dialogue: " ".join(dialogue["story"].lower().split())  # noqa: E731
+    stories = set(map(plain, coqa.read_all(study)))
     for dialogue in dialogues:
-        if _plain(dialogue["story"]) in stories:
+        if plain(dialogue) in stories:
             raise StudyError(
                 f"calibration.source: dialogue {dialogue['id']} is also evaluated in this study; calibrate on other "
                 "dialogues, such as embedded-held-out or a hub data set's train split"
@@ -76,11 +67,8 @@ def _dialogues(study: Study, calibration: Calibration) -> list[dict]:
     found = coqa.read(calibration.source, revision=calibration.revision, split="train")
     count = calibration.samples or max(1, min(len(found) * 4 // 5, AT_MOST))
     if count > len(found):
-        raise StudyError(
-            f"calibration.samples: {calibration.samples} asked for, but {calibration.source} has {len(found)} "
-            "dialogues; "
-            "ask for at most that many"
-        )
+        said = f"{count} asked for, but {calibration.source} has {len(found)} dialogues; ask for at most that many"
+        raise StudyError(f"calibration.samples: {said}")
     chosen = random.Random(calibration.seed).sample(found, count)
     check_unseen(chosen, study)
     return chosen
@@ -89,27 +77,21 @@ def _dialogues(study: Study, calibration: Calibration) -> list[dict]:
 def samples(study: Study, calibration: Calibration, tokenizer, vocabulary: int) -> tuple[list[list[int]], dict]:
     """Token ids of every sample, and the record of them: source, seed, samples, tokens, sha256 (of the ids).
 
-    Raises StudyError if a dialogue is evaluated too, if there are too few, or if there is no tokenizer for text.
-    """
+    Raises StudyError if a dialogue is evaluated too, if there are too few, or if there is no tokenizer for text."""
     calibration = calibration.resolved(study)
-    if calibration.source == RANDOM:
+    source = calibration.source
+    if source == RANDOM:
         generator = torch.Generator().manual_seed(study.seed + calibration.seed)
         shape = (calibration.samples or OF_RANDOM, calibration.sequence_length)
         ids = torch.randint(vocabulary, shape, generator=generator).tolist()
     elif tokenizer is None:
-        raise StudyError(
-            f"calibration.source: {study.model.name} has random weights and no tokenizer to read "
-            f"{calibration.source} with; write {RANDOM}"
-        )
+        said = f"{study.model.name} has random weights and no tokenizer to read {source} with; write {RANDOM}"
+        raise StudyError(f"calibration.source: {said}")
     else:
         ids = [tokenizer(text(d))["input_ids"][: calibration.sequence_length] for d in _dialogues(study, calibration)]
-    return ids, {
-        "source": calibration.source,
-        "seed": calibration.seed,
-        "samples": len(ids),
-        "tokens": sum(map(len, ids)),
-        "sha256": hashlib.sha256(repr(ids).encode()).hexdigest(),
-    }
+    digest = hashlib.sha256(repr(ids).encode()).hexdigest()
+    record = {"source": source, "seed": calibration.seed, "samples": len(ids), "tokens": sum(map(len, ids))}
+    return ids, record | {"sha256": digest}
 
 
 # ---- weights ----
@@ -127,8 +109,8 @@ def weights_key(folder: Path) -> str:
 
 
 def check_group_size(architecture, group_size: int) -> None:
-    """Raises StudyError if a group would not divide the inputs of every linear layer, or if there is no such layer
-    (GPT-2 has transformers' Conv1D)."""
+    """Raises StudyError if a group would not divide every linear layer's inputs, or if there is no such layer (GPT-2:
+    Conv1D)."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
     inputs = {m.in_features: name for name, m in linear_layers(model).items()}
@@ -136,11 +118,10 @@ def check_group_size(architecture, group_size: int) -> None:
         raise StudyError(f"quantization: {type(model).__name__} has no linear layers to quantize; leave the format out")
     for size, name in inputs.items():
         if size % group_size:
-            fits = [g for g in (256, 128, 64, 32) if not any(s % g for s in inputs)]
-            raise StudyError(
-                f"quantization.group_size: {group_size} does not divide the {size} inputs of {name}; "
-                + (f"write {' or '.join(map(str, fits))}" if fits else "no usual group size does")
-            )
+            fits = " or ".join(str(g) for g in (256, 128, 64, 32) if not any(s % g for s in inputs))
+            remedy = f"write {fits}" if fits else "no usual group size does"
+            said = f"{group_size} does not divide the {size} inputs of {name}; {remedy}"
+            raise StudyError(f"quantization.group_size: {said}")
 
 
 def ingredients(
@@ -163,43 +144,30 @@ def key(parts: dict) -> str:
 
 def _recipe(options) -> list:
     """llm-compressor's modifiers for GPTQ, or for AWQ's scaling and the rounding that follows it."""
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": options.symmetric,
-        "strategy": "group",
-        "group_size": options.group_size,
-    }
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    weights = {"num_bits": 4, "type": "int", "strategy": "group"}
+    weights |= {"symmetric": options.symmetric, "group_size": options.group_size}
+    common = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
     if options.method == "gptq":
         from llmcompressor.modifiers.gptq import GPTQModifier
 
         # Columns in the order of their activations, groups as they stand: the unpacked weight needs no reordering.
         weights |= {"actorder": "static", "observer": f"memoryless_{options.scales}"}
-        return [GPTQModifier(config_groups=groups, ignore=["lm_head"], dampening_frac=options.dampening)]
+        return [GPTQModifier(dampening_frac=options.dampening, **common)]
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
-    return [
-        AWQModifier(n_grid=options.grid_points, duo_scaling=True),
-        QuantizationModifier(config_groups=groups, ignore=["lm_head"]),
-    ]
+    return [AWQModifier(n_grid=options.grid_points, duo_scaling=True), QuantizationModifier(**common)]
 
 
 @contextmanager
 def _without_pinning():
-    """AWQ pins its cached activations so that copies to a GPU overlap; without a GPU torch refuses to pin, and there
-    is nothing to copy to.
-
-    llm-compressor 0.14 calls `IntermediatesCache.pin_memory` unguarded (modifiers/transform/awq/base.py).
-    """
+    """AWQ pins its cached activations (llm-compressor 0.14, modifiers/transform/awq/base.py), which torch refuses
+    without a GPU."""
     from llmcompressor.pipelines.cache import IntermediatesCache
 
-    if torch.cuda.is_available():
-        yield
-        return
     original = IntermediatesCache.pin_memory
-    IntermediatesCache.pin_memory = lambda *_, **__: None
+    if not torch.cuda.is_available():
+        IntermediatesCache.pin_memory = lambda *_, **__: None
     try:
         yield
     finally:
@@ -208,9 +176,7 @@ def _without_pinning():
 
 @contextmanager
 def _quiet():
-    """llm-compressor logs a line per layer through loguru, and draws progress bars on stderr; its errors are
-    exceptions.
-    """
+    """Without llm-compressor's line per layer (loguru) and its progress bars; its errors are exceptions."""
     import llmcompressor  # noqa: F401  sets up its own logging
     from loguru import logger
 
@@ -221,16 +187,13 @@ def _quiet():
 
 
 def arithmetic(method: str, dtype: torch.dtype) -> torch.dtype:
-    """What a method computes in. AWQ's search multiplies weights by trial scales, which overflowed float16 on a GPU
-    (SmolLM2-135M: no finite loss in any trial), so it gets float32.
-    """
+    """What a method computes in. AWQ's trial scales overflowed float16 (SmolLM2-135M), so it gets float32."""
     return torch.float32 if method == "awq" else dtype
 
 
 def _oneshot(source: str, target: Path, options, ids: list[list[int]], dtype: torch.dtype) -> float:
-    """Quantize `source` into `target`, for a model that computes in `dtype`; returns seconds, loading and saving left
-    out.
-    """
+    """Quantize `source` into `target`, for a model that computes in `dtype`; returns seconds, without loading and
+    saving."""
     with _quiet():
         from llmcompressor import oneshot
 
@@ -238,20 +201,14 @@ def _oneshot(source: str, target: Path, options, ids: list[list[int]], dtype: to
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=arithmetic(options.method, dtype), trust_remote_code=False, use_safetensors=True
         )
-        batches = [
-            {"input_ids": torch.tensor([i]), "attention_mask": torch.ones(1, len(i), dtype=torch.long)} for i in ids
-        ]
+        tensors = [torch.tensor([i]) for i in ids]
+        batches = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in tensors]
         loader = torch.utils.data.DataLoader(batches, batch_size=None)
+        # It wants a tokenizer even where the samples are token ids already, and does nothing with it.
+        given = {"model": model, "processor": object(), "dataset": loader, "num_calibration_samples": len(ids)}
         start = time.perf_counter()
         with _without_pinning():
-            # It wants a tokenizer even where the samples are token ids already, and does nothing with it.
-            oneshot(
-                model=model,
-                processor=object(),
-                dataset=loader,
-                recipe=_recipe(options),
-                num_calibration_samples=len(ids),
-            )
+            oneshot(recipe=_recipe(options), **given)
         seconds = time.perf_counter() - start
         model.to(stored(dtype))
         model.save_pretrained(target, save_compressed=True)
@@ -259,9 +216,7 @@ def _oneshot(source: str, target: Path, options, ids: list[list[int]], dtype: to
 
 
 def _quantize(source: str, target: Path, options, ids: list[list[int]], dtype: torch.dtype) -> float:
-    """`_oneshot` in a process of its own. Raises OSError if its files can't be written, StudyError if it ends in any
-    other way.
-    """
+    """`_oneshot` in a process of its own. Raises OSError if its files can't be written, else StudyError if it fails."""
     job, answer = target.with_name("job.json"), target.with_name("seconds.json")
     values = {"source": source, "target": str(target), "ids": ids, "dtype": str(dtype).removeprefix("torch.")}
     job.write_text(json.dumps(values | {"options": options.model_dump(), "answer": str(answer)}))
@@ -270,10 +225,8 @@ def _quantize(source: str, target: Path, options, ids: list[list[int]], dtype: t
     if done.returncode == 0:
         return json.loads(answer.read_text())
     if done.returncode < 0:
-        raise StudyError(
-            f"{options.method}: quantizing was killed by signal {-done.returncode}, as for lack of memory; use fewer "
-            "calibration.samples or a shorter calibration.sequence_length"
-        )
+        said = f"{options.method}: quantizing was killed by signal {-done.returncode}, as for lack of memory; use fewer"
+        raise StudyError(f"{said} calibration.samples or a shorter calibration.sequence_length")
     last = (done.stdout.strip().splitlines() or ["no text"])[-1]
     if "No space left" in last or "Disk quota" in last:
         raise OSError(28, "No space left on device")
@@ -289,9 +242,7 @@ def _main(job: Path) -> None:
 
 
 def stored(dtype: torch.dtype) -> torch.dtype:
-    """Of what a checkpoint does not quantize: as such checkpoints are published, 16 bits, whatever the arithmetic
-    here.
-    """
+    """Of what a checkpoint does not quantize: 16 bits, as such checkpoints are published."""
     return torch.float16 if dtype == torch.float32 else dtype
 
 
@@ -301,8 +252,7 @@ def quantized(
     """The folder of the quantized checkpoint, and its record: quantize_seconds (s, in the run that made it),
     from_cache, checkpoint_bytes, checkpoint_dtype (of what is not quantized in it), calibration, ingredients.
 
-    Raises StudyError if the group size does not fit the model, or the calibration is not allowed (`check_unseen`).
-    """
+    Raises StudyError if the group size does not fit the model, or the calibration is not allowed (`check_unseen`)."""
     options = configuration.quantization
     architecture = AutoConfig.from_pretrained(source, trust_remote_code=False)
     check_group_size(architecture, options.group_size)
@@ -325,10 +275,8 @@ def quantized(
             }
             (target / "record.json").write_text(json.dumps(record, indent=2))
         except OSError as error:
-            why = error.strerror or error
-            raise StudyError(
-                f"{folder}: the quantized weights could not be written ({why}); free some disk space"
-            ) from error
+            said = f"the quantized weights could not be written ({error.strerror or error}); free some disk space"
+            raise StudyError(f"{folder}: {said}") from error
         if not folder.is_dir():  # another process may have been faster
             os.replace(target, folder)
     return folder, {**record, "from_cache": False}

@@ -31,8 +31,7 @@ def from_table(path: Path) -> tuple[list[dict], int]:
     """Records of a CSV file, or of all X-questions.csv in a folder, and how many rows lacked a story, question or
     answer.
 
-    Raises StudyError if a column is missing, naming those that are there.
-    """
+    Raises StudyError if a column is missing, naming those that are there."""
     tables = sorted(path.rglob("*-questions.csv")) if path.is_dir() else [path]
     return _dialogues((row for table in tables for row in _rows(table)), path)
 

@@ -4,11 +4,9 @@
     python -m helpers.setup.coqa FILE          # what is right and what is wrong with a file
     python -m helpers.setup.coqa convert FILE OUT.json       # from CSV or SQuAD-like JSON
 
-A dialogue is read into the shape of the hub's EleutherAI/coqa, as far as lm-eval's `coqa` task reads it: `id`, `source`
-(its domain), `story`, `questions` and `answers` as columns `input_text` and `turn_id` (from 1), `additional_answers` as
-such columns by annotator. A file needs story, questions and answers; spans are not read. It may be CoQA's official
-JSON, a list of its records, one record alone or one a line, with rows, columns or plain strings as questions and
-answers.
+A dialogue gets the shape of the hub's EleutherAI/coqa: `id`, `source` (its domain), `story`, `questions` and `answers`
+as columns `input_text` and `turn_id` (from 1), `additional_answers` as such columns by annotator. A file needs story,
+questions and answers, as rows, columns or plain strings: CoQA's JSON, a list of records, one alone or one a line.
 
 Sources: `embedded` (the project's own dialogues, CC0), `embedded-held-out` (for calibration, never evaluated), a data
 set of the hub (OWNER/NAME), or a path.
@@ -33,13 +31,9 @@ CONVERT = "`python -m helpers.setup.coqa convert FILE OUT.json` makes one from C
 SHOWN = 12  # problems that the check of a file lists
 
 
-def read(
-    source: str, dialogues: int | None = None, revision: str | None = None, split: str = "validation"
-) -> list[dict]:
-    """The first `dialogues` of a source (all by default). The embedded set alternates between its domains.
-
-    Raises StudyError that names file, record and field if a file is malformed, or the remedy if the hub can't be had.
-    """
+def read(source: str, dialogues: int | None = None, revision: str | None = None, split="validation") -> list[dict]:
+    """The first `dialogues` of a source (none: all); embedded ones alternate between domains. Raises StudyError that
+    names file, record and field, or what the hub wants."""
     if source == "embedded":
         files = [read_file(path) for path in sorted(EMBEDDED.glob("*.json")) if path.name != HELD_OUT]
         found = [d for d in chain.from_iterable(zip_longest(*files)) if d is not None]
@@ -50,18 +44,14 @@ def read(
     else:
         found = read_file(ROOT / Path(source).expanduser())
     if dialogues is not None and dialogues > len(found):
-        raise StudyError(
-            f"data.dialogues: {dialogues} asked for, but {source} has {len(found)}; ask for at most that many"
-        )
+        said = f"{dialogues} asked for, but {source} has {len(found)}; ask for at most that many"
+        raise StudyError(f"data.dialogues: {said}")
     return found[:dialogues]
 
 
 def read_sources(sources: list[Data], at_most: int | None = None) -> list[dict]:
-    """The dialogues of several sources, each with `data_set`, the source's name; of each source `at_most` so many.
-
-    Ids are unique: with several sources each begins with its source's name and a slash. Raises StudyError, as `read`
-    does.
-    """
+    """The dialogues of several sources, `at_most` so many of each, with `data_set`, the source's name, which begins
+    every id where there are several. Raises StudyError, as `read` does."""
     found = []
     for data in sources:
         prefix = f"{data.name}/" if len(sources) > 1 else ""
@@ -75,30 +65,20 @@ def read_all(study: Study, at_most: int | None = None) -> list[dict]:
     return read_sources(study.sources, at_most)
 
 
-def _counts(dialogues: list[dict]) -> dict:
-    return {
-        "dialogues": len(dialogues),
-        "questions": sum(len(d["questions"]["input_text"]) for d in dialogues),
-        "story_words_mean": round(mean(len(d["story"].split()) for d in dialogues), 1),
-    }
-
-
 def describe(study: Study) -> dict | None:
-    """What a study asks: dialogues, questions, and `data_sets`, a row for each domain of a data set. None: hardware
-    only.
-
-    A row holds name, source (a file without its folder), revision, licence, domain, dialogues, questions,
-    story_words_mean.
-    """
-    found = read_all(study)
-    rows = []
-    for data in study.sources:
+    """What a study asks: dialogues, questions, and `data_sets`, a row per domain of each source: name, source (a file
+    without its folder), revision, licence, domain, dialogues, questions, story_words_mean. None: hardware only."""
+    groups: dict[tuple, list] = {}
+    for dialogue in read_all(study):
+        groups.setdefault((dialogue["data_set"], dialogue["source"]), []).append(dialogue)
+    rows, sources = [], {data.name: data for data in study.sources}
+    for (name, domain), mine in groups.items():
+        data = sources[name]
         source = data.source if hub.is_hub_data(data.source) else Path(data.source).name
-        about = {"name": data.name, "source": source, "revision": data.revision}
-        about["licence"] = data.licence or ("CC0 1.0" if data.source == "embedded" else None)
-        mine = [d for d in found if d["data_set"] == data.name]
-        for domain in dict.fromkeys(d["source"] for d in mine):
-            rows.append(about | {"domain": domain} | _counts([d for d in mine if d["source"] == domain]))
+        row = {"name": name, "source": source, "revision": data.revision}
+        row |= {"licence": data.licence or ("CC0 1.0" if source == "embedded" else None), "domain": domain}
+        row |= {"dialogues": len(mine), "questions": sum(len(d["questions"]["input_text"]) for d in mine)}
+        rows.append(row | {"story_words_mean": round(mean(len(d["story"].split()) for d in mine), 1)})
     total = {key: sum(row[key] for row in rows) for key in ("dialogues", "questions")}
     return total | {"data_sets": rows} if rows else None
 
@@ -107,26 +87,25 @@ def describe(study: Study) -> dict | None:
 
 
 def _from_hub(name: str, revision: str | None, split: str) -> list[dict]:
-    """Rows of a data set of the hub, through helpers.setup.hub, whose errors and offline cache hold."""
     from datasets import load_dataset  # takes seconds, and only hub data needs it
 
     folder = hub.snapshot(name, revision, "dataset")
-    where = f"data.source: {name} ({folder.name[:8]}), split '{split}'"
+    where, remedy = f"data.source: {name} ({folder.name[:8]}), split '{split}'", "name a data set in CoQA's format"
     try:
         rows = load_dataset(str(folder), split=split).to_list()
     except Exception as error:  # the library raises its own errors, pyarrow's and plain ValueErrors
         said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise StudyError(f"{where}: could not be read ({said}); name a data set in CoQA's format") from error
-    return _first_problem(*_dialogues(rows, where, name.rpartition("/")[2]), "name a data set in CoQA's format")
+        raise StudyError(f"{where}: could not be read ({said}); {remedy}") from error
+    return _sound(*_dialogues(rows, where, name.rpartition("/")[2]), remedy)
 
 
 def read_file(path: Path) -> list[dict]:
     """All dialogues of one file, checked. Raises StudyError naming file, record and field."""
     more = f"`python -m helpers.setup.coqa {path}` lists all that is wrong"
-    return _first_problem(*_dialogues(_records(path), str(path), Path(path).stem), more)
+    return _sound(*_dialogues(_records(path), str(path), Path(path).stem), more)
 
 
-def _first_problem(found: list[dict], problems: list[str], more: str) -> list[dict]:
+def _sound(found: list[dict], problems: list[str], more: str) -> list[dict]:
     if problems:
         raise StudyError(problems[0] + (f" (and {len(problems) - 1} more; {more})" if len(problems) > 1 else ""))
     return found
@@ -134,33 +113,26 @@ def _first_problem(found: list[dict], problems: list[str], more: str) -> list[di
 
 def _records(path: Path) -> list:
     """The records of a JSON or JSONL file, told apart by what they hold."""
+    values, decode, blank = [], json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
+        end = blank.match(text).end()
+        while not values or end < len(text):  # not by lines: JSON strings may hold Unicode's other line separators
+            value, end = decode(text, end)
+            values.append(value)
+            end = blank.match(text, end).end()
     except OSError as error:
-        raise StudyError(
-            f"{path}: cannot be read ({error.strerror}); data.source is embedded, OWNER/NAME of the hub, or a file"
-        ) from None
+        said = f"cannot be read ({error.strerror}); data.source is embedded, OWNER/NAME of the hub, or a file"
+        raise StudyError(f"{path}: {said}") from None
     except UnicodeDecodeError:
         raise StudyError(f"{path}: not UTF-8 text; save it as UTF-8") from None
-    start = 1
-    try:
-        try:
-            whole = json.loads(text)
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":
-                raise
-            whole = []
-            # Not splitlines: JSON strings may hold Unicode's other line separators.
-            for start, line in enumerate(text.split("\n"), 1):  # noqa: B007
-                whole += [json.loads(line)] if line.strip() else []
-            start = 1
     except json.JSONDecodeError as error:
-        line = start + error.lineno - 1
-        raise StudyError(f"{path}, line {line}: not JSON: {error.msg}; {CONVERT}") from None
+        raise StudyError(f"{path}, line {error.lineno}: not JSON: {error.msg}; {CONVERT}") from None
     except (ValueError, RecursionError):  # a number of thousands of digits; thousands of brackets
         raise StudyError(f"{path}: not JSON that can be read: a number too long, or brackets too deep") from None
-    records = [whole] if isinstance(whole, dict) and not isinstance(whole.get("data"), list) else whole
-    records = records["data"] if isinstance(records, dict) else records
+    records = values[0] if len(values) == 1 else values
+    if isinstance(records, dict):
+        records = records["data"] if isinstance(records.get("data"), list) else [records]
     if not isinstance(records, list) or not records:
         raise StudyError(
             f"{path}: holds no dialogue; expected CoQA's {{'data': [...]}}, a list of records, or one a line"
@@ -190,29 +162,29 @@ def _dialogue(record, number: str, name: str) -> dict:
         raise StudyError(f"expected an object, found {type(record).__name__}")
     for field in ("story", "questions", "answers"):
         if record.get(field) in (None, "", [], {}):
-            other = (
-                "; it looks like SQuAD's layout: " + CONVERT if {"paragraphs", "context", "qas"} & set(record) else ""
+            squad = (
+                f"; it looks like SQuAD's layout: {CONVERT}" if {"paragraphs", "context", "qas"} & set(record) else ""
             )
-            raise StudyError(f"field '{field}' is missing or empty{other}")
+            raise StudyError(f"field '{field}' is missing or empty{squad}")
     questions, ids = _turns(record["questions"], "field 'questions'")
     sets = {"answers": record["answers"]}
     sets |= {f"additional_answers.{k}": v for k, v in _annotators(record.get("additional_answers")).items()}
-    columns = {}
+    numbers, columns = list(range(1, len(questions) + 1)), {}
     for field, given in sets.items():
         texts, turn_ids = _turns(given, f"field '{field}'")
         if len(texts) != len(questions):
             raise StudyError(f"field '{field}': {len(texts)} answers to {len(questions)} questions")
         if ids and turn_ids and [i - ids[0] for i in ids] != [i - turn_ids[0] for i in turn_ids]:
             raise StudyError(f"field '{field}': its turn_ids are not those of the questions")
-        columns[field] = {"input_text": texts, "turn_id": list(range(1, len(texts) + 1))}
+        columns[field.partition(".")[2]] = {"input_text": texts, "turn_id": numbers}
     given = record.get("id")
     return {
         "id": number if given in (None, "") else _label(given, "field 'id'"),
         "source": _label(record.get("source") or name, "field 'source'"),
         "story": _text(record["story"], "field 'story'"),
-        "questions": {"input_text": questions, "turn_id": list(range(1, len(questions) + 1))},
-        "answers": columns.pop("answers"),
-        "additional_answers": {field.partition(".")[2]: value for field, value in columns.items()},
+        "questions": {"input_text": questions, "turn_id": numbers},
+        "answers": columns.pop(""),
+        "additional_answers": columns,
     }
 
 
@@ -266,12 +238,8 @@ def _text(given, where: str) -> str:
         given = str(given)
     if not isinstance(given, str):
         raise StudyError(f"{where}: expected text, found {'null' if given is None else type(given).__name__}")
-    try:
-        given.encode()
-    except UnicodeEncodeError:
-        raise StudyError(
-            f"{where}: holds half of a character (a lone surrogate); save the text again as UTF-8"
-        ) from None
+    if re.search("[\ud800-\udfff]", given):
+        raise StudyError(f"{where}: holds half of a character (a lone surrogate); save the text again as UTF-8")
     return given
 
 
@@ -287,8 +255,7 @@ def _label(given, where: str) -> str:
 
 
 def report(path: Path) -> bool:
-    """Print what is right and wrong with a file; true if it can be used. Raises StudyError if it can't be read at
-    all."""
+    """Print what is right and wrong with a file; true if it can be used. Raises StudyError if it can't be read."""
     found, problems = _dialogues(_records(path), str(path), Path(path).stem)
     if found:
         turns = [len(d["questions"]["input_text"]) for d in found]
@@ -313,13 +280,12 @@ def report(path: Path) -> bool:
 
 
 def convert(source: Path, target: Path) -> None:
-    """Write CoQA's JSON from a file that helpers.setup.conversion knows. Raises StudyError if it can't, or if OUT is
-    there."""
+    """Write CoQA's JSON from what `conversion` knows. Raises StudyError if it can't, or if `target` is there."""
     if target.exists():
         raise StudyError(f"{target} is there already; name another file, or remove it first")
     given = _records(source) if source.suffix.lower() in (".json", ".jsonl", ".ndjson") else None
     records, skipped = conversion.from_table(source) if given is None else conversion.from_json(given, source)
-    _first_problem(*_dialogues(records, str(source), source.stem), "put these right first")
+    _sound(*_dialogues(records, str(source), source.stem), "put these right first")
     target.write_text(json.dumps({"version": "1.0", "data": records}, ensure_ascii=False, indent=1), encoding="utf-8")
     if skipped:
         print(f"{skipped} questions left out: no story, no question or no answer")

@@ -20,8 +20,8 @@ MB = 2**20
 def device_and_dtype(wanted: str = "auto", own: torch.dtype | None = None) -> tuple[torch.device, torch.dtype, str]:
     """Where to compute, in what, and why. The reason is stored beside every result.
 
-    wanted: what the configuration or the study asks for; own: the model's dtype (config.json), which is the baseline
-    on a GPU."""
+    wanted: what the configuration or the study asks for; own: the model's dtype (config.json), which is the baseline on
+    a GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted != "auto":
         return device, getattr(torch, wanted), f"{wanted}: asked for in the parameters"
@@ -46,20 +46,17 @@ def free() -> None:
 
 
 def trim() -> None:
-    """Give freed memory that the C library still holds back to the system; where the library can't (only glibc can),
-    nothing.
-    """
+    """Give freed memory that the C library still holds back to the system, where it can (glibc)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def kv_cache_bytes_per_token(cache) -> float:
-    """Bytes of keys and values that one token of one sequence adds, read off a filled transformers cache.
+    """Bytes of keys and values that one token of one sequence adds, read off a filled transformers cache. Raises
+    NotImplementedError for a cache of another kind, such as a state-space model's.
 
-    A layer with a sliding window adds none beyond it. Raises NotImplementedError for a cache of another kind, such as a
-    state-space model's.
-    """
+    A layer with a sliding window adds none beyond it."""
     layers = getattr(cache, "layers", None) or []
     if not layers or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
         raise NotImplementedError(f"{type(cache).__name__} does not hold keys and values in every layer")
@@ -69,18 +66,15 @@ def kv_cache_bytes_per_token(cache) -> float:
 def process_peak_mb() -> float:
     """Peak resident memory of this process since it started, or since `reset_peak` (MB)."""
     status = Path("/proc/self/status")
-    if status.is_file():
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) / 1024
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures and of what warms up for them. cuBLAS keeps a workspace (32 MiB on an H100) for
-    every stream that it has seen, until the process ends: with a stream for each capture they would add up.
-    """
+    """The stream of all captures and of what warms up for them: cuBLAS keeps a workspace (32 MiB on an H100) for every
+    stream that it has seen, until the process ends."""
     return torch.cuda.Stream(device)
 
 

@@ -32,7 +32,6 @@ import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import huggingface_hub
@@ -45,15 +44,12 @@ from helpers.setup import http
 COMMIT = re.compile(r"[0-9a-f]{40}")
 LOOKUP = 120  # s for all requests that only look something up
 SLOWEST = 200_000  # bytes/s; a download may take LOOKUP and as long as it takes at this rate
-# Weights are read from safetensors only: no pickle, no second copy in another format, nothing of a subfolder
-# (original/, onnx/).
-FILES = {
-    "model": (
-        ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
-        ["*/*", "consolidated*", "LICENSE*", "USE_POLICY*"],
-    ),
-    "dataset": (["*.parquet", "*.json", "*.jsonl", "README.md"], []),
-}
+# No pickle, no second copy of the weights in another format, nothing of a subfolder (original/, onnx/).
+MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+FILES = {"model": (MODEL_FILES, ["*/*", "consolidated*", "LICENSE*", "USE_POLICY*"])}
+FILES |= {"dataset": (["*.parquet", "*.json", "*.jsonl", "README.md"], [])}
+NEEDED = {"model": {"config.json": "config.json", ".safetensors": "safetensors weights"}}
+NEEDED |= {"dataset": {(".parquet", ".json", ".jsonl"): "Parquet or JSON files"}}
 
 
 class HubError(StudyError):
@@ -66,23 +62,19 @@ class HubError(StudyError):
 
 def _endpoint() -> str:
     """The hub's address without user and password."""
-    parts = urlsplit(constants.ENDPOINT)
-    return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}"
+    return re.sub(r"//[^/]*@", "//", constants.ENDPOINT)
 
 
 @contextmanager
 def _call(name: str, revision: str | None, kind: str, seconds: float, quiet: bool):
-    """One call of huggingface_hub: at most so long, without progress bars if quiet, its exceptions a HubError that
-    holds none of its text: a server may echo the token.
-    """
+    """At most so long, without progress bars if quiet; every exception a HubError that holds none of its text, since a
+    server may echo the token."""
     quiet = quiet and not are_progress_bars_disabled()
     if quiet:
         disable_progress_bars()
     try:
         with http.within(seconds):
             yield
-    except HubError:
-        raise
     except Exception as error:  # huggingface_hub's, httpx's, hf_xet's RuntimeError, and those of parsing whatever came
         raise explain(error, name, revision, kind) from None
     finally:
@@ -96,8 +88,8 @@ def _call(name: str, revision: str | None, kind: str, seconds: float, quiet: boo
 def plan(name: str, revision: str | None = None, kind: str = "model") -> dict:
     """What `snapshot` would do, from a request for each file's head (or from the cache alone): nothing is downloaded.
 
-    Returns commit, pinned (the revision is a commit), files (a list of names), bytes, bytes_to_download, cache (its
-    folder), and from_cache (the hub was not asked, or could not be reached). Raises HubError."""
+    Returns commit, pinned (the revision is a commit), files (a list of names), bytes, bytes_to_download, and from_cache
+    (the hub was not asked, or could not be reached). Raises HubError."""
     try:
         with _call(name, revision, kind, LOOKUP, quiet=True):
             files = _dry_run(name, revision, kind)
@@ -110,35 +102,31 @@ def plan(name: str, revision: str | None = None, kind: str = "model") -> dict:
         raise HubError("missing", f"{said} (as a {kind} of the hub: {error})") from None
     if folder:
         sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-        commit, missing = folder.name, 0
     else:
         sizes = {f.filename: f.file_size or 0 for f in files}
-        commit = files[0].commit_hash if files else None
-        missing = sum(f.file_size or 0 for f in files if f.will_download)
-    _check_format(name, kind, list(sizes))
+    missing = sum(f.file_size or 0 for f in files or () if f.will_download)
+    for suffix, what in NEEDED[kind].items():
+        if not any(file.endswith(suffix) for file in sizes):
+            said = f"{name} has no {what}, and other formats are not read; name one that has"
+            raise HubError("format", f"{_key(kind)}: {said}")
     free = shutil.disk_usage(_existing(Path(constants.HF_HUB_CACHE))).free
     if missing > free:
-        raise HubError(
-            "disk",
-            f"{name} needs {missing / 1e9:.1f} GB and the disk of {_cache()} has {free / 1e9:.1f} GB free; "
-            "free some space, or set HF_HOME to a folder on a larger disk",
-        )
+        said = f"{name} needs {missing / 1e9:.1f} GB and the disk of {_cache()} has {free / 1e9:.1f} GB free"
+        raise HubError("disk", f"{said}; free some space, or set HF_HOME to a folder on a larger disk")
     return {
-        "commit": commit,
+        "commit": folder.name if folder else files[0].commit_hash,
         "pinned": bool(revision and COMMIT.fullmatch(revision)),
         "files": sorted(sizes),
         "bytes": sum(sizes.values()),
         "bytes_to_download": missing,
-        "cache": _cache(),
-        "from_cache": files is None,
+        "from_cache": bool(folder),
     }
 
 
 def snapshot(name: str, revision: str | None = None, kind: str = "model") -> Path:
     """The local folder of a model (or `kind="dataset"`), fetched if it is not in the cache. Its name is the commit.
 
-    Raises HubError before anything is downloaded if it can't be had or does not fit on the disk.
-    """
+    Raises HubError before anything is downloaded if it can't be had or does not fit on the disk."""
     planned = plan(name, revision, kind)
     if planned["from_cache"]:
         return _from_cache(name, revision, kind)
@@ -164,8 +152,7 @@ def _download(name: str, revision: str | None, kind: str, **options):
 
 
 def _check_content(name: str, folder: Path, since: float) -> None:
-    """Large files are stored under the sha256 that the hub names; those that have just arrived are compared with
-    it."""
+    """Large files are stored under the sha256 that the hub names; those that have just arrived are compared with it."""
     for path in sorted(folder.rglob("*")):
         blob = path.resolve()
         if not re.fullmatch(r"[0-9a-f]{64}", blob.name) or blob.stat().st_mtime < since - 1:
@@ -175,18 +162,13 @@ def _check_content(name: str, folder: Path, since: float) -> None:
         if found != blob.name:
             path.unlink()
             blob.unlink(missing_ok=True)
-            raise HubError(
-                "damaged",
-                f"{path.name} of {name} arrived with another content than {_endpoint()} names (sha256 "
-                f"{found[:12]}..., expected "
-                f"{blob.name[:12]}...) and was deleted; run again, and if it happens again, use another mirror",
-            )
+            said = f"arrived with another content than {_endpoint()} names (sha256 {found[:12]}..., expected"
+            said = f"{path.name} of {name} {said} {blob.name[:12]}...) and was deleted; run again, and if it happens"
+            raise HubError("damaged", f"{said} again, use another mirror")
 
 
 def resolved_revision(path_or_name: str | Path, revision: str | None = None, kind: str = "model") -> str | None:
-    """The commit of a snapshot's folder, or of a name and revision that are in the cache; None for anything else. No
-    network.
-    """
+    """The commit of a snapshot's folder, or of a name and revision that are in the cache; None for anything else."""
     parts = Path(path_or_name).parts
     if len(parts) >= 2 and parts[-2] == "snapshots" and COMMIT.fullmatch(parts[-1]):
         return parts[-1]
@@ -198,9 +180,7 @@ def resolved_revision(path_or_name: str | Path, revision: str | None = None, kin
 
 
 def is_hub_data(source: str) -> bool:
-    """Whether `data.source` names a data set of the hub (OWNER/NAME): not what ships, and not a file, there or
-    mistyped.
-    """
+    """Whether `data.source` is a data set of the hub (OWNER/NAME): not what ships, nor a file, there or mistyped."""
     is_file = Path(source).suffix.lower() in (".json", ".jsonl", ".ndjson", ".txt", ".csv") or (ROOT / source).exists()
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source)) and not is_file
 
@@ -208,17 +188,14 @@ def is_hub_data(source: str) -> bool:
 def check(study) -> dict:
     """The plan of everything of a study that comes from the hub, by its name there; nothing is downloaded.
 
-    Raises HubError, so that a study stops before its first long step.
-    """
+    Raises HubError, so that a study stops before its first long step."""
     wanted = [(study.model.name, study.model.revision)] if study.model.source == "hub" else []
     wanted += [(data.source, data.revision, "dataset") for data in study.sources if is_hub_data(data.source)]
     return {call[0]: plan(*call) for call in wanted}
 
 
 def _dry_run(name: str, revision: str | None, kind: str) -> list | None:
-    """huggingface_hub's list of files; None if only the cache can answer (offline, or unreachable with a filled
-    cache).
-    """
+    """huggingface_hub's files; None if only the cache can answer (offline, or unreachable with a filled cache)."""
     if constants.HF_HUB_OFFLINE:
         return None
     try:
@@ -242,19 +219,7 @@ def _from_cache(name: str, revision: str | None, kind: str) -> Path:
         return folder
     offline = constants.HF_HUB_OFFLINE
     why = "HF_HUB_OFFLINE is set" if offline else "the hub can't be reached"
-    raise HubError("offline" if offline else "network", f"{why} and {_not_cached(name, revision)}; {_FILL}")
-
-
-def _check_format(name: str, kind: str, files: list[str]) -> None:
-    if kind == "dataset":
-        wanted = (((".parquet", ".json", ".jsonl"), "Parquet or JSON files"),)
-    else:
-        wanted = (("config.json",), "config.json"), ((".safetensors",), "safetensors weights")
-    for suffixes, what in wanted:
-        if not any(f.endswith(suffixes) for f in files):
-            raise HubError(
-                "format", f"{_key(kind)}: {name} has no {what}, and other formats are not read; name one that has"
-            )
+    raise HubError("offline" if offline else "network", f"{why} and {_not_cached(name, revision)}; {FILL}")
 
 
 def _existing(path: Path) -> Path:
@@ -263,8 +228,7 @@ def _existing(path: Path) -> Path:
 
 # ---- sentences ----
 
-_FILL = "run once with a network, or copy a filled cache from another machine and set HF_HOME to it"
-_NO_HUB = "{} does not answer like a model hub; check HF_ENDPOINT, and a proxy, firewall or login page between"
+FILL = "run once with a network, or copy a filled cache from another machine and set HF_HOME to it"
 
 
 def _cache() -> str:
@@ -289,7 +253,7 @@ def explain(error: BaseException, name: str, revision: str | None = None, kind: 
     hub, key, cached = _endpoint(), _key(kind), _not_cached(name, revision)
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     login, later = "run `.venv/bin/hf auth login` or set HF_TOKEN", "try again later, or set HF_ENDPOINT to a mirror"
-    ask = f"ask for access on {page}, then"
+    ask, another = f"ask for access on {page}, then", f"take one from {page}/commits/main"
     if huggingface_hub.get_token():
         private = "your token may not see it"
         gated = f"your token has no access: {ask} run again once it is granted; a fine-grained token also needs the "
@@ -297,56 +261,41 @@ def explain(error: BaseException, name: str, revision: str | None = None, kind: 
     else:
         private = f"it is private: then {login}"
         gated = f"you are not logged in: {ask} {login} (the study smollm2-135m needs no account)"
-    late = "network", f"{hub} did not answer in {http.TIMEOUT} s and {cached}; {later}"
-    told = {
-        http.Late: ("network", f"{hub} is too slow: the time for this is up; {later}"),
-        http.NoHub: ("network", _NO_HUB.format(hub)),
-        errors.HFValidationError: ("missing", f"{key}: '{name}' is not a hub name; write OWNER/NAME, or give a path"),
-        errors.GatedRepoError: ("gated", f"{name} is gated and {gated}"),
-        errors.RevisionNotFoundError: (
-            "revision",
-            f"{name} has no revision '{revision}': take one from {page}/commits/main, or leave `revision` out",
-        ),
-        errors.RepositoryNotFoundError: (
-            "missing",
-            f"{key}: the hub has no {kind} {name}, or {private}; check the name on {page}",
-        ),
-        errors.DisabledRepoError: ("missing", f"{name} has been disabled on the hub; name another {kind}"),
-        errors.RemoteEntryNotFoundError: (
-            "format",
-            f"{name} lacks a file that is listed there; take another revision from {page}/commits/main",
-        ),
-        errors.FileMetadataError: ("network", _NO_HUB.format(hub)),
-        httpx.ConnectTimeout: late,
-        httpx.ReadTimeout: late,
-        errors.OfflineModeIsEnabled: ("offline", f"HF_HUB_OFFLINE is set and {cached}; {_FILL}"),
+    late = f"network {hub} did not answer in {http.TIMEOUT} s and {cached}; {later}"
+    no_hub = f"{hub} does not answer like a model hub; check HF_ENDPOINT, and a proxy, firewall or login page between"
+    told = {  # the first word is the reason
+        http.Late: f"network {hub} is too slow: the time for this is up; {later}",
+        (http.NoHub, errors.FileMetadataError): f"network {no_hub}",
+        errors.HFValidationError: f"missing {key}: '{name}' is not a hub name; write OWNER/NAME, or give a path",
+        errors.GatedRepoError: f"gated {name} is gated and {gated}",
+        errors.RevisionNotFoundError: f"revision {name} has no revision '{revision}': {another}, or leave it out",
+        errors.RepositoryNotFoundError: f"missing {key}: the hub has no {kind} {name}, or {private}; check {page}",
+        errors.DisabledRepoError: f"missing {name} has been disabled on the hub; name another {kind}",
+        errors.RemoteEntryNotFoundError: f"format this revision of {name} lacks a file that is listed; {another}",
+        (httpx.ConnectTimeout, httpx.ReadTimeout): late,
+        errors.OfflineModeIsEnabled: f"offline HF_HUB_OFFLINE is set and {cached}; {FILL}",
     }
     answers = {
-        401: ("token", "your token for the hub is not valid: run `.venv/bin/hf auth login` again, or correct HF_TOKEN"),
-        429: ("network", f"{hub} refuses more requests for now (429); wait some minutes, or {login}"),
+        401: "token your token for the hub is not valid: run `.venv/bin/hf auth login` again, or correct HF_TOKEN",
+        429: f"network {hub} refuses more requests for now (429); wait some minutes, or {login}",
     }
-    for expected, found in told.items():
+    for expected, said in told.items():
         if any(isinstance(link, expected) for link in chain):
-            return HubError(*found)
+            return HubError(*said.split(" ", 1))
     for link in chain:
         if isinstance(link, errors.HfHubHTTPError) and (status := link.response.status_code) >= 400:
-            refused = f"{hub} answers with error {status} and {cached}; check the token's permissions and HF_ENDPOINT"
-            failed = f"{hub} answers with error {status} and {cached}; {later}"
-            return HubError(*answers.get(status, ("network", failed if status >= 500 else refused)))
+            remedy = later if status >= 500 else "check the token's permissions and HF_ENDPOINT"
+            said = answers.get(status, f"network {hub} answers with error {status} and {cached}; {remedy}")
+            return HubError(*said.split(" ", 1))
         number = getattr(link, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT):
             return HubError("disk", f"the disk of {_cache()} is full before {name} is complete; free some space")
         # A file name: a connection can be forbidden as well.
         if number in (errno.EACCES, errno.EPERM, errno.EROFS) and getattr(link, "filename", None):
-            return HubError(
-                "disk", f"{_cache()} can't be written ({link.strerror}); set HF_HOME to a folder of your own"
-            )
+            said = f"{_cache()} can't be written ({link.strerror}); set HF_HOME to a folder of your own"
+            return HubError("disk", said)
     lost = next((link for link in chain if isinstance(link, httpx.TransportError | ConnectionError)), None)
     if lost is None:
-        return HubError("network", f"{name} could not be fetched ({type(error).__name__}): {_NO_HUB.format(hub)}")
-    return HubError(
-        "network",
-        f"the hub at {hub} can't be reached ({type(lost).__name__}) and {cached}: check network and proxy, set "
-        "HF_ENDPOINT to a mirror, or copy a filled cache from another machine and set HF_HOME to it, with "
-        "HF_HUB_OFFLINE=1",
-    )
+        return HubError("network", f"{name} could not be fetched ({type(error).__name__}): {no_hub}")
+    said = f"the hub at {hub} can't be reached ({type(lost).__name__}) and {cached}: check network and proxy, set "
+    return HubError("network", f"{said}HF_ENDPOINT to a mirror, or {FILL.split(', or ')[1]}, with HF_HUB_OFFLINE=1")

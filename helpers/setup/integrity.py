@@ -22,24 +22,17 @@ _verified: set[tuple[str, str]] = set()
 
 
 def damaged(folder: Path) -> str | None:
-    """Name of the first file of a model's folder that is missing or truncated; None if there is none. Reads headers
-    only.
-    """
+    """Name of the first file of a model's folder that is missing or truncated (by its header); None: all are whole."""
+    name = "config.json"
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "config.json"
-    index = folder / "model.safetensors.index.json"
-    try:
-        named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    except (ValueError, KeyError, TypeError):
-        return index.name
-    for name in sorted(named):
-        try:
+        json.loads((folder / name).read_text(encoding="utf-8"))
+        name = "model.safetensors.index.json"
+        index = json.loads((folder / name).read_text())["weight_map"] if (folder / name).is_file() else {}
+        for name in sorted({*index.values()} or {"model.safetensors"}):
             with safe_open(folder / name, "pt"):  # compares the file's length with what its header promises
                 pass
-        except (OSError, SafetensorError):
-            return name
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        return name
     return None
 
 
@@ -60,11 +53,11 @@ def verify(study: Study, folder: Path) -> None:
     """Compare the weights' files with what 00_setup recorded, once a process; hash only those whose time of change is
     another.
 
-    Raises StudyError that names the file. Without a record (a notebook run by hand) there is nothing to compare.
-    """
+    Raises StudyError that names the file. Without a record (a notebook run by hand) there is nothing to compare."""
     record = results.path(study, None, "setup")
     if (str(folder), str(record)) in _verified or not record.is_file():
         return
+    own = study.model.source in ("package", "random")
     for row in results.read(record).data["weights"]["files"]:
         path = folder / row["file"]
         if path.suffix != ".safetensors":
@@ -73,20 +66,17 @@ def verify(study: Study, folder: Path) -> None:
         unchanged = status and (status.st_size, status.st_mtime_ns) == (row["bytes"], row.get("modified_ns"))
         if unchanged or (status and packages.sha256(path) == row["sha256"]):
             continue
-        where = f".cache/models/{folder.name}" if study.model.source in ("package", "random") else study.model.name
-        raise StudyError(
-            f"{where}: {path.name} is not the file that 00_setup recorded (sha256 {row['sha256'][:12]}...); "
-            f"{_repair(study, folder)}"
+        where = f".cache/models/{folder.name}" if own else study.model.name
+        remedy = (
+            "copy it again, or, if the change is meant, delete 00_setup.ipynb and setup.json of the study's results"
         )
+        if own:
+            remedy = f"delete {where}, and the next run makes it anew"
+        elif study.model.source == "hub":
+            remedy = f"run `.venv/bin/hf cache rm model/{where}`, and the next run fetches it again"
+        said = f"{path.name} is not the file that 00_setup recorded (sha256 {row['sha256'][:12]}...)"
+        raise StudyError(f"{where}: {said}; {remedy}")
     _verified.add((str(folder), str(record)))
-
-
-def _repair(study: Study, folder: Path) -> str:
-    if study.model.source in ("package", "random"):
-        return f"delete .cache/models/{folder.name}, and the next run makes it anew"
-    if study.model.source == "hub":
-        return f"run `.venv/bin/hf cache rm model/{study.model.name}`, and the next run fetches it again"
-    return "copy it again, or, if the change is meant, delete 00_setup.ipynb and setup.json of the study's results"
 
 
 def check_positions(study: Study, config) -> Sizes:
@@ -106,41 +96,27 @@ def check_positions(study: Study, config) -> Sizes:
 def check_loaded(study: Study, model: PreTrainedModel, report) -> None:
     """Raises StudyError if a tensor was missing, unexpected or of another shape, or if a weight is not finite.
 
-    report: transformers' loading info (missing_keys, unexpected_keys, mismatched_keys).
-    """
-    for kind, what in (
-        ("missing", "lack"),
-        ("unexpected", "hold the unknown tensor"),
-        ("mismatched", "have another shape for"),
-    ):
+    report: transformers' loading info (missing_keys, unexpected_keys, mismatched_keys)."""
+    kinds = {"missing": "lack", "unexpected": "hold the unknown tensor", "mismatched": "have another shape for"}
+    for kind, what in kinds.items():
         if keys := sorted(k if isinstance(k, str) else k[0] for k in report.get(f"{kind}_keys", ())):
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise StudyError(
-                f"model.name: the weights of {study.model.name} {what} {keys[0]}{more}, so they do not belong to "
-                "its config.json; "
-                "fetch or copy the whole folder again"
-            )
-    for held in tensors(model):
-        for name, tensor in held.items():
-            # float8 has no isfinite of its own; its scales are tested.
-            if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():
-                raise StudyError(
-                    f"model.name: {name} of {study.model.name} holds NaN or infinite weights in "
-                    f"{str(tensor.dtype).removeprefix('torch.')}; fetch the weights "
-                    "again, or set `dtype` to bfloat16 or float32 if the model does not fit float16"
-                )
+            said = f"the weights of {study.model.name} {what} {keys[0]}{more}, so they do not belong to its config.json"
+            raise StudyError(f"model.name: {said}; fetch or copy the whole folder again")
+    for name, tensor in (pair for held in tensors(model) for pair in held.items()):
+        # float8 has no isfinite of its own; its scales are tested.
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            said = f"{name} of {study.model.name} holds NaN or infinite weights in {dtype}; fetch the weights again, or"
+            raise StudyError(f"model.name: {said} set `dtype` to bfloat16 or float32 if the model does not fit float16")
 
 
 def check_rows(configuration: Configuration, model: PreTrainedModel) -> None:
-    """bitsandbytes 0.50 rearranges 4-bit layers for CPUs with AVX512-BF16 in blocks of 32 rows (functional.py,
-    `block_n`).
-    """
+    """bitsandbytes 0.50 packs 4-bit layers for CPUs with AVX512-BF16 in blocks of 32 rows (functional.py, `block_n`).
+    Raises NotHere for a layer of others."""
     if configuration.quantization.method != "bitsandbytes-4bit" or model.device.type != "cpu" or not has_avx512bf16():
         return
     for name, layer in quantized_layers(model).items():
         if layer.out_features % 32:
-            raise NotHere(
-                f"{configuration.configuration}: {name} has {layer.out_features} rows, and on this CPU "
-                "(AVX512-BF16) bitsandbytes "
-                "multiplies 4-bit weights in blocks of 32 rows; run it on a GPU"
-            )
+            said = f"{name} has {layer.out_features} rows, and on this CPU (AVX512-BF16) bitsandbytes multiplies 4-bit"
+            raise NotHere(f"{configuration.configuration}: {said} weights in blocks of 32 rows; run it on a GPU")

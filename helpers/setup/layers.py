@@ -1,11 +1,7 @@
 """What a model really occupies, in bytes, and what it needs while it runs.
 
 `get_memory_footprint()`, the figure that papers quote, counts parameters and buffers. bitsandbytes keeps part of a
-quantized weight elsewhere: absmax, codebook and offset of a 4-bit layer in its `quant_state` (twice, with double
-quantization), the row scales of an int8 layer in an attribute of the weight. `tensors(model)` finds them all, each
-once.
-
-Vocabulary: MB is 2**20 bytes, as `get_memory_footprint() / 2**20` is printed in the paper.
+quantized weight elsewhere (`quantization_state`). `tensors(model)` finds them all, each once.
 """
 
 import contextlib
@@ -17,53 +13,32 @@ from bitsandbytes import functional
 from helpers.setup.packed import Int4Linear
 
 
-def _state_tensors(state, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Tensors of a bitsandbytes QuantState, the nested one of double quantization included."""
-    found = {}
-    for name, value in vars(state).items():
-        if isinstance(value, torch.Tensor):
-            found[prefix + name] = value
-        elif name == "state2" and value is not None:
-            found |= _state_tensors(value, prefix + "state2.")
-    return found
-
-
 def quantization_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Tensors that belong to a quantized layer's weight but are neither parameters nor buffers, by name.
 
-    4-bit: absmax, code, offset, state2.absmax, state2.code. int8: SCB (on the weight before, in `state` after the
-    first run). `Int4Linear`: scales_and_zeros, a buffer.
-    """
+    4-bit: absmax, code, offset, state2.absmax, state2.code. int8: SCB (on the weight before, in `state` after the first
+    run). `Int4Linear`: scales_and_zeros, a buffer."""
     if isinstance(module, Int4Linear):
         return {"scales_and_zeros": module.scales_and_zeros}
-    found = {}
     weight = getattr(module, "weight", None)
     state = getattr(weight, "quant_state", None)
-    if state is not None:
-        found |= _state_tensors(state)
-    for holder in (weight, getattr(module, "state", None)):
-        scales = getattr(holder, "SCB", None)
-        if isinstance(scales, torch.Tensor):
-            found["SCB"] = scales
-    return found
+    parts = {"": state, "state2.": getattr(state, "state2", None)}
+    found = {prefix + name: value for prefix, part in parts.items() if part for name, value in vars(part).items()}
+    scales = [getattr(holder, "SCB", None) for holder in (weight, getattr(module, "state", None))]
+    found["SCB"] = next((given for given in scales if given is not None), None)
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def inner(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The plain tensors inside a wrapper of several (torchao's: integers or float8 values, and scales), by name; none
-    in a plain one.
-
-    The wrapper has the shape and type of the weight that it stands for, so its own `nbytes` is not what it occupies.
-    """
-    return (
-        {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
-        if hasattr(tensor, "__tensor_flatten__")
-        else {}
-    )
+    """The plain tensors inside a wrapper of several (torchao: integers or float8 values, and scales), by name; none of
+    a plain one. The wrapper's own `nbytes` is not what it occupies."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    return {name: getattr(tensor, name) for name in names}
 
 
 def tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """All tensors that hold the model: (parameters and buffers, quantization state), by name; what is shared is
-    listed once."""
+    """All tensors that hold the model: (parameters and buffers, quantization state), by name; what is shared is listed
+    once."""
     plain, state, seen = {}, {}, set()
 
     def add(target, name, tensor):
@@ -92,21 +67,14 @@ def tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, 
 
 def stored_bytes(model: torch.nn.Module) -> dict[str, int]:
     """Bytes of {parameters_and_buffers, quantization_state}; a codebook shared by all layers counts once."""
-    plain, state = tensors(model)
-    return {
-        "parameters_and_buffers": sum(t.nbytes for t in plain.values()),
-        "quantization_state": sum(t.nbytes for t in state.values()),
-    }
+    held = zip(("parameters_and_buffers", "quantization_state"), tensors(model))
+    return {name: sum(t.nbytes for t in some.values()) for name, some in held}
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> int:
     """Bytes of the tensors that `save_pretrained` writes, tied weights once."""
-    seen = {}
-    for value in model.state_dict().values():
-        for tensor in (inner(value) or {"": value}).values():
-            if isinstance(tensor, torch.Tensor):
-                seen[tensor.data_ptr(), tensor.nbytes] = tensor.nbytes
-    return sum(seen.values())
+    held = [part for value in model.state_dict().values() for part in (inner(value) or {"": value}).values()]
+    return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in held if isinstance(t, torch.Tensor)}.values())
 
 
 def linear_layers(model) -> dict[str, torch.nn.Linear]:
@@ -116,8 +84,8 @@ def linear_layers(model) -> dict[str, torch.nn.Linear]:
 
 
 def repacked(module: torch.nn.Module) -> bool:
-    """Has bitsandbytes rearranged a 4-bit layer for this CPU? On CPUs with AVX512-BF16 its first forward pass does,
-    and from then on it computes in bfloat16, scales included, whatever the compute dtype."""
+    """Has bitsandbytes rearranged a 4-bit layer for this CPU? On CPUs with AVX512-BF16 its first forward pass does, and
+    from then on it computes in bfloat16, scales included, whatever the compute dtype."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
@@ -127,13 +95,11 @@ def dequantize(module: torch.nn.Module) -> torch.Tensor:
 
     bitsandbytes' layers are undone with its own functions. Any other quantized layer is asked for the image of the
     identity, which is its weight if it quantizes weights only (GPTQ, AWQ, weight-only FP8; formats that scale each
-    activation row by its maximum keep a row of the identity too). AWQ moves scales into neighbouring layers: its
-    weight is not comparable with the original. A 4-bit layer that a forward pass has repacked for this CPU
-    (`repacked`) is asked as well, and answers in bfloat16.
-    """
+    activation row by its maximum keep a row of the identity too). AWQ moves scales into neighbouring layers: its weight
+    is not comparable with the original. A repacked layer (`repacked`) is asked as well, and answers in bfloat16."""
     if isinstance(module, Int4Linear):
         return module.unpacked()
-    weight = module.weight if hasattr(module, "weight") else None
+    weight = getattr(module, "weight", None)
     if isinstance(module, bnb.nn.Linear4bit) and not repacked(module):
         return functional.dequantize_4bit(weight.data, weight.quant_state)
     if isinstance(module, bnb.nn.Linear8bitLt):
@@ -141,22 +107,15 @@ def dequantize(module: torch.nn.Module) -> torch.Tensor:
         scales = module.state.SCB if module.state.SCB is not None else weight.SCB
         values = module.state.CB if module.state.CB is not None else weight.data
         return functional.int8_vectorwise_dequant(values, scales)
-    if hasattr(weight, "dequantize") and hasattr(
-        weight, "__tensor_flatten__"
-    ):  # torchao: a wrapper that says it is floating point
-        with contextlib.suppress(NotImplementedError):  # int4 in tinygemm's layout can only be multiplied with
+    if hasattr(weight, "__tensor_flatten__"):  # torchao: a wrapper that says it is floating point
+        with contextlib.suppress(NotImplementedError):  # int4's layout can only be multiplied with
             return weight.detach().dequantize()
-    if (
-        type(module) is torch.nn.Linear
-        and not hasattr(weight, "__tensor_flatten__")
-        and torch.is_floating_point(weight)
-    ):
+    elif type(module) is torch.nn.Linear and torch.is_floating_point(weight):
         return weight.detach()
     held = [*module.parameters(), *module.buffers()]
     dtype = next((t.dtype for t in held if torch.is_floating_point(t)), torch.float32)
     with torch.inference_mode():
-        identity = torch.eye(module.in_features, dtype=dtype, device=held[0].device)
-        image = module(identity)
+        image = module(torch.eye(module.in_features, dtype=dtype, device=held[0].device))
         return (image - module.bias if getattr(module, "bias", None) is not None else image).T.contiguous()
 
 
@@ -171,22 +130,16 @@ def stored_dtype(module) -> str:
 
 
 def is_quantized(module: torch.nn.Module) -> bool:
-    """A linear layer that is not plain: another class (bitsandbytes), another kind of weight (torchao), or unpacked
-    from a checkpoint."""
-    if not isinstance(module, torch.nn.Linear):
-        return False
-    return (
-        type(module) is not torch.nn.Linear
-        or hasattr(module.weight, "__tensor_flatten__")
-        or hasattr(module, "quantization_scheme")
-    )
+    """A linear layer of another class (bitsandbytes), with another kind of weight (torchao), or unpacked from a
+    checkpoint."""
+    marks = hasattr(getattr(module, "weight", None), "__tensor_flatten__") or hasattr(module, "quantization_scheme")
+    return isinstance(module, torch.nn.Linear) and (type(module) is not torch.nn.Linear or marks)
 
 
 def make_plain(model: torch.nn.Module) -> None:
-    """Take compressed-tensors' wrappers off a model that is unpacked: its weights are final, and the wrappers'
-    Python, in every access to a weight and every call of a layer, would be counted as time (and its scales as
-    memory). torch.compile can't see through them either. `quantization_scheme` stays, and tells a layer that was
-    quantized (`is_quantized`)."""
+    """Take compressed-tensors' wrappers off an unpacked model, whose weights are final: their Python would count as
+    time, their scales as memory, and torch.compile can't see through them. `quantization_scheme` stays, and tells a
+    layer that was quantized (`is_quantized`)."""
     from compressed_tensors.offload import remove_dispatch
 
     remove_dispatch(model, onload_tensors=True)
@@ -206,34 +159,30 @@ def quantized_layers(model) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in model.named_modules() if is_quantized(module)}
 
 
-def weight_count(parameter) -> int:
-    """Number of weights a parameter stands for: 4-bit ones are packed two to a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else parameter.numel()
-
-
 def parameter_count(model) -> int:
     """Number of the model's weights, whatever they are packed in."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Int4Linear))
-    return packed + sum(weight_count(p) for p in model.parameters())
+    states = [(p, getattr(p, "quant_state", None)) for p in model.parameters()]  # 4-bit: two weights to a byte
+    return packed + sum(p.numel() if state is None else state.shape.numel() for p, state in states)
 
 
 def widest_layer(model) -> int:
-    """Most columns that any linear layer reads or writes, whatever its class: rows times it must stay under 2^31
-    (bitsandbytes' LLM.int8() overflows). The vocabulary's layer is left out: it never gets more than HEAD_ROWS rows."""
+    """Most columns that any linear layer reads or writes: rows times it must stay under 2^31 (bitsandbytes' LLM.int8()
+    overflows). The vocabulary's layer is left out: it never gets more than HEAD_ROWS rows."""
     sides = (getattr(m, key, 1) for m in model.base_model.modules() for key in ("in_features", "out_features"))
     return max(sides, default=1)
 
 
+def _int8_layers(model) -> list:
+    return [m for m in model.modules() if type(m).__name__ == "Linear8bitLt"]
+
+
 def widest_int8_layer(model) -> int | None:
     """Outputs of the widest LLM.int8() layer; None if the model has none."""
-    return max((m.out_features for m in model.modules() if type(m).__name__ == "Linear8bitLt"), default=None)
+    return max((m.out_features for m in _int8_layers(model)), default=None)
 
 
 def int8_threshold(model) -> float | None:
     """Outlier threshold of the model's LLM.int8() layers; None if it has none."""
-    for module in model.modules():
-        threshold = getattr(getattr(module, "state", None), "threshold", None)
-        if type(module).__name__ == "Linear8bitLt" and threshold is not None:
-            return float(threshold)
-    return None
+    found = [getattr(getattr(m, "state", None), "threshold", None) for m in _int8_layers(model)]
+    return next((float(threshold) for threshold in found if threshold is not None), None)

@@ -31,12 +31,10 @@ INSTALL = "run `make setup METHODS=all`"
 
 class Method(NamedTuple):
     config: Callable  # (options, dtype) -> transformers' quantization_config, or none
-    kernel: Callable  # (options, device type, dtype's name) -> what multiplies, in words
-    packed: bool  # the device holds the weights in the method's own bits while the model runs
+    kernel: str | Callable  # what multiplies: words with {options} and {dtype}, or (options, device type, dtype's name)
     packages: tuple[str, ...] = ()  # beside requirements.txt
-    capability: Callable = lambda options: (
-        None
-    )  # least compute capability of a GPU, (major, minor); none: a CPU will do
+    capability: Callable = lambda options: None  # least compute capability of a GPU; none: a CPU will do
+    packed: bool = True  # the device holds the weights in the method's own bits while the model runs
     dtype: str | None = None  # the only type that its kernel computes in
     calibrated: bool = False
 
@@ -71,36 +69,26 @@ def quantization_arguments(given: dict) -> dict:
     return rest
 
 
-def _float8(options, dtype):
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
+def _torchao(kind: str, **arguments):
+    """transformers' configuration for one of torchao's. HQQ: Badri and Shaji, 2023, https://mobiusml.github.io/hqq_blog/"""
+    from torchao import quantization
     from transformers import TorchAoConfig
 
     # torchao would otherwise tune torch.compile for this configuration and not for those it is compared with.
-    if options.activations == "dynamic":
-        return TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False))
-    return TorchAoConfig(Float8WeightOnlyConfig(set_inductor_config=False))
+    return TorchAoConfig(getattr(quantization, kind)(set_inductor_config=False, **arguments))
 
 
-def _int8(options, dtype):
-    from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
+def _float8(options, dtype):
+    if options.activations == "none":
+        return _torchao("Float8WeightOnlyConfig")
+    from torchao.quantization import PerRow
 
-    return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+    return _torchao("Float8DynamicActivationFloat8WeightConfig", granularity=PerRow())
 
 
 def _int4(options, dtype):
-    """HQQ: Badri and Shaji, 2023, https://mobiusml.github.io/hqq_blog/; torchao's own version of it."""
-    from torchao.quantization import Int4WeightOnlyConfig
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(
-        Int4WeightOnlyConfig(
-            group_size=options.group_size,
-            int4_packing_format="tile_packed_to_4d",
-            int4_choose_qparams_algorithm=options.algorithm,
-            set_inductor_config=False,
-        )
-    )
+    names = {"group_size": options.group_size, "int4_choose_qparams_algorithm": options.algorithm}
+    return _torchao("Int4WeightOnlyConfig", int4_packing_format="tile_packed_to_4d", **names)
 
 
 def _compressed(options, dtype):
@@ -124,54 +112,38 @@ def _float8_kernel(options, device, dtype):
 
 
 def _calibrated_kernel(options, device, dtype):
-    why = packed.obstacle(options.group_size, device, dtype)
-    return (
-        f"no 4-bit kernel here ({why}): unpacked to {dtype}, then as full precision (torch)" if why else packed.KERNEL
-    )
+    if why := packed.obstacle(options.group_size, device, dtype):
+        return f"no 4-bit kernel here ({why}): unpacked to {dtype}, then as full precision (torch)"
+    return packed.KERNEL
 
 
+def _int8_kernel(options, device, dtype):
+    return "int8 multiplication" + (f", outliers in {dtype}" if options.threshold else "") + " (bitsandbytes)"
+
+
+TORCHAO, CALIBRATED = ("torchao",), ("llmcompressor", "compressed_tensors")
 METHODS = {
-    "none": Method(lambda options, dtype: None, lambda options, device, dtype: f"{dtype} (torch)", packed=False),
-    "bitsandbytes-4bit": Method(
-        _bitsandbytes4,
-        lambda options, device, dtype: f"packed {options.quant_type}, {dtype} arithmetic (bitsandbytes)",
-        packed=True,
-    ),
-    "bitsandbytes-int8": Method(
-        _bitsandbytes8,
-        lambda options, device, dtype: (
-            "int8 multiplication" + (f", outliers in {dtype}" if options.threshold else "") + " (bitsandbytes)"
-        ),
-        packed=True,
-    ),
+    "none": Method(lambda options, dtype: None, "{dtype} (torch)", packed=False),
+    "bitsandbytes-4bit": Method(_bitsandbytes4, "packed {options.quant_type}, {dtype} arithmetic (bitsandbytes)"),
+    "bitsandbytes-int8": Method(_bitsandbytes8, _int8_kernel),
     "torchao-float8": Method(
-        _float8,
-        _float8_kernel,
-        packed=True,
-        packages=("torchao",),
-        capability=lambda options: (8, 9) if options.activations == "dynamic" else None,
+        _float8, _float8_kernel, TORCHAO, lambda options: (8, 9) if options.activations == "dynamic" else None
     ),
     "torchao-int8": Method(
-        _int8,
-        lambda options, device, dtype: f"int8 weights, widened to {dtype} before each multiplication (torchao)",
-        packed=True,
-        packages=("torchao",),
+        lambda options, dtype: _torchao("Int8WeightOnlyConfig"),
+        "int8 weights, widened to {dtype} before each multiplication (torchao)",
+        TORCHAO,
     ),
-    "torchao-int4": Method(
-        _int4,
-        lambda options, device, dtype: packed.KERNEL,
-        packed=True,
-        packages=("torchao",),
-        capability=lambda options: (8, 0),
-        dtype="bfloat16",
-    ),
-    "gptq": Method(
-        _compressed, _calibrated_kernel, packed=True, packages=("llmcompressor", "compressed_tensors"), calibrated=True
-    ),
-    "awq": Method(
-        _compressed, _calibrated_kernel, packed=True, packages=("llmcompressor", "compressed_tensors"), calibrated=True
-    ),
+    "torchao-int4": Method(_int4, packed.KERNEL, TORCHAO, lambda options: packed.CAPABILITY, dtype="bfloat16"),
+    "gptq": Method(_compressed, _calibrated_kernel, CALIBRATED, calibrated=True),
+    "awq": Method(_compressed, _calibrated_kernel, CALIBRATED, calibrated=True),
 }
+
+
+def kernel(options, device: str, dtype: str) -> str:
+    """What multiplies, in words. device: cuda or cpu; dtype: the name of what is computed in."""
+    given = METHODS[options.method].kernel
+    return given.format(options=options, dtype=dtype) if isinstance(given, str) else given(options, device, dtype)
 
 
 def is_packed(options, device: str, dtype: str) -> bool:
@@ -189,30 +161,20 @@ def kernel_dtype(options) -> str | None:
 
 
 def require(configuration: Configuration) -> None:
-    """Raises NotHere if this machine lacks a package or the hardware, StudyError if the configuration asks for a type
-    its kernel lacks.
-    """
+    """Raises NotHere if this machine lacks a package or the hardware, StudyError if a type is asked for that its
+    kernel lacks."""
     name, options = configuration.configuration, configuration.quantization
-    method = METHODS[options.method]
-    missing = [p for p in method.packages if importlib.util.find_spec(p) is None]
-    if missing:
+    method, dotted = METHODS[options.method], lambda capability: ".".join(map(str, capability))
+    if missing := [p for p in method.packages if importlib.util.find_spec(p) is None]:
         raise NotHere(f"{name}: {options.method} needs {' and '.join(missing)}, not installed here; {INSTALL}")
     if needed := method.capability(options):
         import torch
 
-        wanted = f"{name}: {options.method} needs a GPU of compute capability {_dotted(needed)} or more"
+        wanted = f"{name}: {options.method} needs a GPU of compute capability {dotted(needed)} or more"
         if not torch.cuda.is_available():
             raise NotHere(f"{wanted}, and there is no GPU here")
-        if torch.cuda.get_device_capability() < needed:
-            raise NotHere(
-                f"{wanted}, and {torch.cuda.get_device_name()} has {_dotted(torch.cuda.get_device_capability())}"
-            )
+        if (found := torch.cuda.get_device_capability()) < needed:
+            raise NotHere(f"{wanted}, and {torch.cuda.get_device_name()} has {dotted(found)}")
     if method.dtype and configuration.dtype != method.dtype:
-        raise StudyError(
-            f"{name}: dtype is {configuration.dtype}, but {options.method} has a kernel for {method.dtype} alone; "
-            "write that"
-        )
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
+        said = f"dtype is {configuration.dtype}, but {options.method} has a kernel for {method.dtype} alone"
+        raise StudyError(f"{name}: {said}; write that")

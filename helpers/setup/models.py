@@ -45,13 +45,7 @@ logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
 transformers_logging.disable_progress_bar()
 
 OWN_CODE_NEVER = {"trust_remote_code": False}
-CALIBRATED_TENSORS = (
-    "packed",
-    "scale",
-    "zero_point",
-    "shape",
-    "g_idx",
-)  # of a layer in a compressed-tensors checkpoint
+CALIBRATED_TENSORS = ("packed", "scale", "zero_point", "shape", "g_idx")  # of a compressed-tensors checkpoint's layer
 PARTLY = 0.9  # a method that quantizes a smaller share of the linear weights gets a warning
 
 
@@ -79,10 +73,10 @@ def _from_random(study: Study, folder: Path) -> None:
 
 
 def prepare(study: Study) -> str:
-    """Folder of the study's full-precision weights; makes it once, under .cache/models, atomically.
+    """Folder of the study's full-precision weights; makes it once, under .cache/models, atomically, and anew if it is
+    damaged.
 
-    A folder of the cache that is damaged is named and made anew. Raises StudyError if the weights can't be had, if
-    there are only pickles, or if the disk is full."""
+    Raises StudyError if the weights can't be had, if there are only pickles, or if the disk is full."""
     model = study.model
     if model.source == "hub":
         return str(hub.snapshot(model.name, model.revision))
@@ -110,18 +104,14 @@ def _writing(folder: Path):
             if not folder.is_dir():  # another process may have been faster
                 os.replace(target, folder)
     except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise StudyError(
-            f".cache/models/{folder.name}: the weights could not be written ({why}); free some disk space, or make "
-            ".cache writable"
-        ) from error
+        why, remedy = getattr(error, "strerror", None) or error, "free some disk space, or make .cache writable"
+        raise StudyError(f".cache/models/{folder.name}: the weights could not be written ({why}); {remedy}") from error
 
 
 def describe(study: Study) -> dict:
-    """The full-precision weights: source, commit, licence, parameters, dtype (config.json's), and of each file its
-    size (bytes), time of change (ns) and sha256. Prepares them first. Raises StudyError if the study asks for more
-    than the model's positions.
-    """
+    """The full-precision weights: source, commit, licence, parameters, dtype (config.json's), and of each file its size
+    (bytes), time of change (ns) and sha256. Prepares them first. Raises StudyError if the study asks for more than the
+    model's positions."""
     folder = Path(prepare(study))
     config = _config(study, folder)
     integrity.check_positions(study, config)
@@ -154,20 +144,16 @@ def _name(dtype: torch.dtype) -> str:
 @contextlib.contextmanager
 def _explained(study: Study):
     """What transformers raises over files of other people, in a sentence."""
+    name = f"model.name: {study.model.name}"
     try:
         yield
     except SafetensorError as error:
-        raise StudyError(
-            f"model.name: the weights of {study.model.name} are damaged ({error}); fetch them again"
-        ) from error
+        raise StudyError(f"{name}: its weights are damaged ({error}); fetch them again") from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise StudyError(
-            f"model.name: {study.model.name} needs code of its own (auto_map in config.json), which is never run; "
-            "name a model "
-            "that transformers knows"
-        ) from error
+        said = "needs code of its own (auto_map in config.json), which is never run; name a model that transformers"
+        raise StudyError(f"{name} {said} knows") from error
 
 
 def _config(study: Study, folder: str | Path):
@@ -176,21 +162,19 @@ def _config(study: Study, folder: str | Path):
 
 
 def _tokenizer(study: Study, folder: str):
-    """The tokenizer; None for random weights. What tokenizer and configuration don't name for EOS,
-    generation_config.json may.
-    """
+    """The tokenizer; None for random weights. An EOS that it does not name may stand in generation_config.json."""
     if study.model.source == "random":
         return None
+    name = f"model.name: {study.model.name}"
     with _explained(study):
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_CODE_NEVER)
         except (OSError, ValueError, KeyError, TypeError) as error:
             if "trust_remote_code" in str(error):
                 raise
+            said = f"{name} has no tokenizer files that can be read ({type(error).__name__}); put tokenizer.json and"
             raise StudyError(
-                f"model.name: {study.model.name} has no tokenizer files that can be read ({type(error).__name__}); "
-                "put the "
-                "tokenizer.json and tokenizer_config.json of the model it was made from beside its config.json"
+                f"{said} tokenizer_config.json of the model it was made from beside config.json"
             ) from error
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         generation = Path(folder, "generation_config.json")
@@ -198,11 +182,8 @@ def _tokenizer(study: Study, folder: str):
         end = values.get("eos_token_id", values.get("bos_token_id"))
         end = end[0] if isinstance(end, list) and end else end
         if not isinstance(end, int) or (token := tokenizer.convert_ids_to_tokens(end)) is None:
-            raise StudyError(
-                f"model.name: the tokenizer of {study.model.name} names neither a BOS nor an EOS token, and scoring "
-                "a text needs one; "
-                "add eos_token to its tokenizer_config.json"
-            )
+            said = "its tokenizer names neither a BOS nor an EOS token, and scoring a text needs one"
+            raise StudyError(f"{name}: {said}; add eos_token to its tokenizer_config.json")
         tokenizer.eos_token = token
     return tokenizer
 
@@ -216,18 +197,14 @@ def shares(model: PreTrainedModel, folder: Path | None) -> dict:
     bits_per_weight         as stored, scales and zero points included, over all quantized layers (full precision: all
                             linear ones); from the checkpoint in `folder` where a method unpacks its weights on loading
     """
-    quantized, output = quantized_layers(model), model.get_output_embeddings()
-    inside = sum(m.in_features * m.out_features for m in quantized.values())
-    matrices = {}
+    quantized, output, matrices = quantized_layers(model), model.get_output_embeddings(), {}
     for module in model.modules():
-        if module is output or isinstance(module, torch.nn.Embedding):
-            continue
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and module is not output:
             matrices[id(module)] = module.in_features * module.out_features
-        else:
+        elif module is not output and not isinstance(module, torch.nn.Embedding):
             matrices |= {id(p): p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2}
     linear = quantized or linear_layers(model)
-    weights = sum(m.in_features * m.out_features for m in linear.values())
+    inside, weights = (sum(m.in_features * m.out_features for m in some.values()) for some in (quantized, linear))
     if folder is not None:
         stored = _checkpoint_bytes_of(folder, quantized)
     else:
@@ -241,55 +218,40 @@ def shares(model: PreTrainedModel, folder: Path | None) -> dict:
 
 
 def _checkpoint_bytes_of(folder: Path, layers: dict) -> int:
-    """Bytes of the tensors of `layers` in a compressed-tensors checkpoint: packed weights, scales, zero points,
-    shapes.
-    """
-    wanted = {f"{name}.weight_{part}" for name in layers for part in CALIBRATED_TENSORS}
-    total = 0
+    """Bytes of the tensors of `layers` in a compressed-tensors checkpoint."""
+    wanted, total = {f"{name}.weight_{part}" for name in layers for part in CALIBRATED_TENSORS}, 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            names = wanted.intersection(file.keys())
-            total += sum(file.get_tensor(name).nbytes for name in names)
+            total += sum(file.get_tensor(name).nbytes for name in wanted.intersection(file.keys()))
     return total
 
 
 def load(study: Study, configuration: Configuration) -> Loaded:
-    """The model on its device, quantized, in eval mode; its tokenizer (None for random weights); and how it was
-    loaded.
+    """The model on its device, quantized, in eval mode; its tokenizer (None for random weights); and `info`:
 
-    info: device, dtype (what is computed in), dtype_reason, load_seconds (s, from file to device, quantization
-    included unless it is calibrated), parameters, quantized_layers, quantization (its options), kernel (what
-    multiplies, in words), packed (the device holds the method's own bits), checkpoint_bytes (of a calibrated method's
-    file, else of what `save_pretrained` would write), checkpoint_dtype (of what is not quantized in it), `shares`,
-    and warning (a sentence, or None). Calibrated methods: also quantize_seconds (s), from_cache, calibration (source,
-    seed, samples, tokens, sha256).
+    device, dtype (what is computed in), dtype_reason, load_seconds (s, from file to device, quantization included
+    unless it is calibrated), parameters, quantized_layers, quantization (its options), kernel (what multiplies, in
+    words), packed (the device holds the method's own bits), checkpoint_bytes (of a calibrated method's file, else of
+    what `save_pretrained` would write), checkpoint_dtype (of what is not quantized in it), `shares`, and warning (a
+    sentence, or None). Calibrated methods: also quantize_seconds (s), from_cache, calibration (`calibrated.samples`).
 
-    Raises NotHere if this machine can't do the method, StudyError if the weights are not what they should be.
-    """
+    Raises NotHere if this machine can't do the method, StudyError if the weights are not what they should be."""
     methods.require(configuration)
     options, method = configuration.quantization, METHODS[configuration.quantization.method]
     source = prepare(study)
     integrity.verify(study, Path(source))
-    own = methods.kernel_dtype(options) or study.dtype
-    wanted = configuration.dtype if configuration.dtype != "auto" else own
+    wanted = configuration.dtype if configuration.dtype != "auto" else methods.kernel_dtype(options) or study.dtype
     device, dtype, reason = device_and_dtype(wanted, _config(study, source).dtype)
-    tokenizer = _tokenizer(study, source)
-    record = {}
+    tokenizer, record = _tokenizer(study, source), {}
     if method.calibrated:
         source, record = calibrated.quantized(study, configuration, source, tokenizer, device, dtype)
-    quantization = method.config(options, dtype)
+    given = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True, "output_loading_info": True}
+    given["ignore_mismatched_sizes"] = True  # reported, and refused by `check_loaded`
+    if quantization := method.config(options, dtype):
+        given["quantization_config"] = quantization
     start = time.perf_counter()
     with _explained(study):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported, and refused by `check_loaded`
-            **OWN_CODE_NEVER,
-            **({"quantization_config": quantization} if quantization else {}),
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(source, **given, **OWN_CODE_NEVER)
     model.eval()
     if device.type == "cuda":
         packed.replace_layers(model)
@@ -300,8 +262,9 @@ def load(study: Study, configuration: Configuration) -> Loaded:
     seconds = time.perf_counter() - start
     integrity.check_loaded(study, model, report)
     integrity.check_rows(configuration, model)
-    share = shares(model, Path(source) if method.calibrated else None)
-    partly = options.method != "none" and share["quantized_share"] < PARTLY
+    share, warning = shares(model, Path(source) if method.calibrated else None), None
+    if options.method != "none" and (part := share["quantized_share"]) < PARTLY:
+        warning = f"{configuration.label} quantizes {part:.0%} of the linear weights; the rest stays in {_name(dtype)}"
     info = {
         "device": device.type,
         "dtype": _name(dtype),
@@ -310,15 +273,12 @@ def load(study: Study, configuration: Configuration) -> Loaded:
         "parameters": parameter_count(model),
         "quantized_layers": len(quantized_layers(model)),
         "quantization": options.model_dump(),
-        "kernel": method.kernel(options, device.type, _name(dtype)),
+        "kernel": methods.kernel(options, device.type, _name(dtype)),
         "packed": methods.is_packed(options, device.type, _name(dtype)),
         "checkpoint_bytes": record.get("checkpoint_bytes") or checkpoint_bytes(model),
         "checkpoint_dtype": record.get("checkpoint_dtype", _name(dtype)),
         **share,
-        "warning": f"{configuration.label} quantizes {share['quantized_share']:.0%} of the linear weights; the "
-        f"rest stays in {_name(dtype)}"
-        if partly
-        else None,
+        "warning": warning,
     }
     more = {k: record[k] for k in ("quantize_seconds", "from_cache", "calibration") if k in record}
     return Loaded(model, tokenizer, info | more)

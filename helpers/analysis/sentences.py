@@ -153,6 +153,17 @@ def speed(f: Frames, ratios: pd.DataFrame) -> str:
     return f" A decode step takes {'; '.join(parts)} ({MODES[mode]}, {device(f)}).{caution}"
 
 
+def compiled(f: Frames, ratios: pd.DataFrame) -> list[str]:
+    """Formats that a CUDA graph alone shows at half their speed or less."""
+    graph, fused = (contrasts.at(ratios, "decode", batch=1, mode=mode).ratio for mode in ("cuda_graph", "compile"))
+    return [
+        f"{f.label(name)} wants torch.compile: {times(fused[name])} of {f.label(f.full)}'s time for a decode step at "
+        f"batch 1 when both are compiled, {times(graph[name])} when neither is ({MODES['cuda_graph']})."
+        for name in graph.index.intersection(fused.index)
+        if graph[name] > 2 * fused[name]
+    ]
+
+
 def spread(row) -> str:
     """The range over processes of a ratio."""
     return f"[{number(row.ratio_low)}, {number(row.ratio_high)}]" if row.processes > 1 else ""

@@ -130,6 +130,15 @@ def test_a_hardware_study_has_empty_tables_and_no_error():
     assert sentences.abstract(f, rows, rows, f.ratios(), {"study": "x", "model": "y"})
 
 
+def test_formats_are_compared_where_full_precision_has_no_answers(reference):
+    f = reference._replace(samples=reference.samples[reference.samples.configuration.isin(["nf4", "fp4"])])
+    rows = contrasts.table(f)
+    assert list(zip(rows.a, rows.b)) == [("nf4", "fp4")] and rows.recovery.isna().all()
+    assert contrasts.groups(f, "domain").empty and contrasts.designs(f, params.read_paper()) == []
+    said = sentences.abstract(f, rows, rows, f.ratios(), params.read_paper())
+    assert any("FP4 from NF4" in text for text in said)
+
+
 def test_no_torch_is_loaded():
     code = f"import sys; from helpers.analysis import frames, contrasts, plots, sentences; frames.load('{REFERENCE}'); "
     done = subprocess.run(

@@ -106,6 +106,14 @@ def test_the_first_figure_shows_cuda_graphs_rather_than_eager_mode():
     assert contrasts.fastest_mode(f, ratios[ratios["mode"] != "cuda_graph"]) == "eager"
 
 
+def test_a_format_that_wants_to_be_compiled_is_named():
+    f = frames.load(HARDWARE)
+    (said,) = sentences.compiled(f, f.ratios())
+    assert said.startswith("FP8 wants torch.compile: 0.92x of FP16's time") and "4.41x when neither is" in said
+    ratios = f.ratios()
+    assert sentences.compiled(f, ratios[ratios["mode"] != "compile"]) == []
+
+
 def test_a_label_says_what_was_computed(reference):
     assert (
         reference.label("fp16") == "FP16"
@@ -120,6 +128,15 @@ def test_a_hardware_study_has_empty_tables_and_no_error():
     assert rows.empty and contrasts.means(f, "f1").empty and contrasts.designs(f, params.read_paper()) == []
     assert not f.ratios().empty and contrasts.measured_size(f) == "allocated"
     assert sentences.abstract(f, rows, rows, f.ratios(), {"study": "x", "model": "y"})
+
+
+def test_formats_are_compared_where_full_precision_has_no_answers(reference):
+    f = reference._replace(samples=reference.samples[reference.samples.configuration.isin(["nf4", "fp4"])])
+    rows = contrasts.table(f)
+    assert list(zip(rows.a, rows.b)) == [("nf4", "fp4")] and rows.recovery.isna().all()
+    assert contrasts.groups(f, "domain").empty and contrasts.designs(f, params.read_paper()) == []
+    said = sentences.abstract(f, rows, rows, f.ratios(), params.read_paper())
+    assert any("FP4 from NF4" in text for text in said)
 
 
 def test_no_torch_is_loaded():

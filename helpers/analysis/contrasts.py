@@ -57,7 +57,8 @@ def table(f: Frames, metric: str = "f1", last_turns: bool = False) -> pd.DataFra
                 found = recovery.recovery(wide[row["a"]], wide[row["b"]], groups, **options(f))
                 row |= {"recovery": found["recovery"]} | {f"recovery_{s}": found[f"ci_{s}"] for s in ("low", "high")}
             rows.append(row | {"detectable": power.detectable(row)})
-    table = pd.DataFrame(rows, columns=None if rows else ROW.split()).astype({"primary": bool, "reason": object})
+    known = dict.fromkeys(key for row in [*rows, dict.fromkeys(ROW.split())] for key in row)
+    table = pd.DataFrame(rows, columns=list(known)).astype({"primary": bool, "reason": object})
     return table.assign(reason=table.reason.where(table.reason.notna(), None))  # NaN would count as a reason
 
 
@@ -80,7 +81,7 @@ def groups(f: Frames, column: str) -> pd.DataFrame:
     """F1 lost per group of questions, vs full precision: group, questions, dialogues, full (its F1), and per format
     its difference, low, high, error. `column`: domain, data_set, or turn (in threes)."""
     rows = f.samples
-    if rows.empty or f.full is None:
+    if f.full not in set(rows.configuration):
         return pd.DataFrame()
     values = rows[column]
     if column == "turn":

@@ -53,6 +53,7 @@ def rendered(text: str) -> str:
     pair = rows[(rows.a == "nf4") & (rows.b == "fp4")]
     found = [sentences.differs(wide, row) for _, row in pair.iterrows()]
     found += sentences.heterogeneity(wide, contrasts.pooled(wide, contrasts.groups(wide, "data_set")))
+    found += sentences.compiled(hardware, shape.ratios)
     found += sentences.by_chance(own, contrasts.vs_full(own, facts.every), contrasts.vs_full(own, facts.last))
     found += sentences.redraws(own, facts.designs[:1])
     lines = [*answer(wide, rows, hardware), "", *(f"- {text}" for text in found)]

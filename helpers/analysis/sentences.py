@@ -153,25 +153,20 @@ def speed(f: Frames, ratios: pd.DataFrame) -> str:
     return f" A decode step takes {'; '.join(parts)} ({MODES[mode]}, {device(f)}).{caution}"
 
 
+def compiled(f: Frames, ratios: pd.DataFrame) -> list[str]:
+    """Formats that a CUDA graph alone shows at half their speed or less."""
+    graph, fused = (contrasts.at(ratios, "decode", batch=1, mode=mode).ratio for mode in ("cuda_graph", "compile"))
+    return [
+        f"{f.label(name)} wants torch.compile: {times(fused[name])} of {f.label(f.full)}'s time for a decode step at "
+        f"batch 1 when both are compiled, {times(graph[name])} when neither is ({MODES['cuda_graph']})."
+        for name in graph.index.intersection(fused.index)
+        if graph[name] > 2 * fused[name]
+    ]
+
+
 def spread(row) -> str:
     """The range over processes of a ratio."""
     return f"[{number(row.ratio_low)}, {number(row.ratio_high)}]" if row.processes > 1 else ""
-
-
-def disagreements(f: Frames, all_turns, last_turns) -> list[str]:
-    """Where last turns, the paper's estimand, and all turns say different things, of primary contrasts."""
-    if last_turns.empty:
-        return []
-    both = all_turns.merge(last_turns, on=["a", "b"], suffixes=("", "_last"))
-    named = both.assign(pair=[f"{f.label(b)} vs {f.label(a)}" for a, b in zip(both.a, both.b)])
-    odd = named[named.verdict != named.verdict_last]
-    few = odd.verdict_last == "n too small to say"
-    said = [f"Last turns are too few to say what all turns do of {listed(odd.pair[few])}."] if few.any() else []
-    return said + [
-        f"{row.pair}: {row.verdict} on all turns ({points(row.difference)}), {row.verdict_last} on last turns "
-        f"({points(row.difference_last)})."
-        for row in odd[~few].itertuples()
-    ] or ["All turns and last turns give the same verdicts."]
 
 
 def redraws(f: Frames, designs: list[dict]) -> list[str]:

@@ -81,7 +81,7 @@ def incomplete(project: Path, before: dict[str, str], study: str = "tiny") -> li
 
 def sentence(output: str) -> str:
     """What a user reads: the reason of the first failure, else the line that names a file."""
-    for pattern in (r"FAILED: (.+)", r"^(?!make|\[)(\S+: .+)", r"\*\*\* (.+?)\s+Stop", r"not run: (.+)"):
+    for pattern in (r"FAILED: (.+)", r"^(?!make|\[|fatal)(\S+: .+)", r"\*\*\* (.+?)\s+Stop", r"not run: (.+)"):
         if said := re.search(pattern, output, re.M):
             return re.sub(r"; see \S+$", "", said[1])[:300]
     return ""

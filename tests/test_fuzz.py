@@ -1,95 +1,135 @@
-"""Random trees of prompts through hf-dialogue and stock lm-eval, in float32: no answer and no score may differ.
+"""Whatever stands in a parameter, dialogue or result file: it is accepted, or refused in sentences that name the file.
 
-By hand, with as many requests as wanted: `python tests/test_fuzz.py 5000 --seed 1`."""
+FUZZ=10000 pytest tests/test_fuzz.py: so many inputs of each kind.
+"""
 
-import argparse
-import logging
-import random
-import sys
-import time
-from pathlib import Path
+import copy
+import json
+import os
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers import ROOT, StudyError, checked_yaml, params, results
+from helpers.setup import coqa
 
-from engine import byte_tokenizer, choices, requests, small
-from lm_eval.models.huggingface import HFLM
-
-from helpers.evaluate.hf_dialogue import HFDialogue
-
-WORDS = ["the ", "cat ", "Q: ", "\n", "A:", "blue ", "é", "日本 ", "0", " ", "\n\nQ:", "and so on " * 8, "x" * 70]
-STOPS = [["\nQ:"], ["e"], [" "], ["\n", "A"], [], ["\n\n"], ["é"], ["xx", "0"]]
-KINDS = {
-    "llama": {},
-    "mistral": {"sliding_window": 30},
-    "gemma3_text": {"sliding_window": 20, "query_pre_attn_scalar": 16},
-    "gpt_oss": {"sliding_window": 40, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "gpt2": {"num_key_value_heads": None, "head_dim": None, "n_embd": 64, "n_layer": 2, "n_head": 4},
-}
-CASE = 24  # prompts of a case; as many are scored
-
-
-def prompts(draw: random.Random) -> list[str]:
-    """Texts that grow out of one another, or out of nothing."""
-    texts = [draw.choice(WORDS)]
-    while len(texts) < CASE:
-        stem = draw.choice([*texts, ""])[: draw.choice([None, None, 40, 150])]
-        text = stem + "".join(draw.choices(WORDS, k=draw.randint(0, 6)))
-        if text and len(text.encode()) < 400:
-            texts.append(text)
-    return draw.sample(texts, CASE)
+ODD = st.sampled_from(
+    [None, True, 0, -1, 2**70, 1e999, float("nan"), "", " ", "\ud800", "\x1b[31m", "../x", "a\nb", "<b>", "1e5", [], {}]
+)
+VALUES = st.recursive(
+    ODD | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+fuzzed = settings(
+    max_examples=int(os.environ.get("FUZZ", 60)),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+    phases=(Phase.generate,),  # no shrinking: a failure prints its input soon
+)
 
 
-def case(seed: int) -> list[str]:
-    """What differs in one case of 2 * CASE requests, in words."""
-    draw = random.Random(seed)
-    tokenizer, kind = byte_tokenizer(bos=draw.random() < 0.5), draw.choice(list(KINDS))
-    model, texts = small(kind, tokenizer, **KINDS[kind]), prompts(draw)
-    reads = {"max_length": draw.choice([None, None, 170])}
-    options = {"static": draw.random() < 0.5, "prefill_tokens": draw.choice([None, 1, 200])}
-    options |= {"max_slots": draw.choice([None, 1, 3]), "max_rows": draw.choice([None, 1, 5])}
-    asked = {"until": draw.choice(STOPS), "max_gen_toks": draw.randint(1, 24)}
-    pairs = [(draw.choice([text, text, ""]), "".join(draw.choices(WORDS, k=draw.randint(1, 2)))) for text in texts]
-    pairs = [(a if a.strip() else "", b if b.strip() else "b") for a, b in pairs]  # else stock refuses them
-    # Without its cache, which misreads a continuation where another one splits the same text elsewhere.
-    stock = HFLM(pretrained=model, tokenizer=tokenizer, logits_cache=False, **reads)
-    mine = HFDialogue(pretrained=model, tokenizer=tokenizer, **reads, **options)
-    wanted = stock.generate_until(requests(texts, **asked), disable_tqdm=True)
-    given = mine.generate_until(requests(texts, **asked), disable_tqdm=True)
-    told = [
-        f"{kind} {options} {asked} {t!r}: {a!r}, not {b!r}"
-        for t, a, b in zip(texts, given, wanted, strict=True)
-        if a != b
-    ]
-    wanted, given = stock.loglikelihood(choices(pairs), True), mine.loglikelihood(choices(pairs), True)
-    for pair, (score, greedy), (right, likely) in zip(pairs, given, wanted, strict=True):
-        if greedy != likely or score != pytest.approx(right, rel=1e-5, abs=1e-5):
-            told.append(f"{kind} {options} {pair}: {score} {greedy}, not {right} {likely}")
-    return told + [f"{kind}: {reason}" for reason in mine.fallbacks]
+@st.composite
+def changed(draw, tree):
+    """A copy of a good tree with up to three places replaced, removed, renamed or doubled."""
+    tree = copy.deepcopy(tree)
+    for _ in range(draw(st.integers(1, 3))):
+        node = tree
+        while True:
+            key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+            if isinstance(node[key], dict | list) and node[key] and draw(st.integers(0, 3)):
+                node = node[key]
+                continue
+            what = draw(st.sampled_from(("replace", "replace", "remove", "rename", "double")))
+            if what == "replace":
+                node[key] = draw(VALUES)
+            elif what == "remove" and len(node) > 1:
+                del node[key]
+            elif what == "rename" and isinstance(node, dict):
+                node[draw(st.text(max_size=6))] = node.pop(key)
+            elif isinstance(node, list):
+                node.append(node[key])
+            break
+        if not isinstance(tree, dict | list) or not tree:
+            break
+    return tree
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_random_trees_of_prompts(seed):
-    assert case(seed) == []
+@st.composite
+def scratched(draw, raw: bytes):
+    """Bytes of a good file with a piece cut out, doubled or replaced."""
+    start = draw(st.integers(0, len(raw)))
+    piece = draw(st.binary(max_size=6) | st.sampled_from([b"&a ", b"*a", b"!!int ", b"? ", b"\xff", b"{" * 300, b"- "]))
+    return raw[:start] + piece + raw[start + draw(st.integers(0, 40)) :]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("requests", type=int)
-    parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--minutes", type=float, default=60, help="stop after so long")
-    given = parser.parse_args()
-    logging.disable(logging.WARNING)
-    start, done, different = time.time(), 0, 0
-    while done < given.requests and time.time() - start < 60 * given.minutes:
-        for line in case(given.seed + done):
-            different += 1
-            print(line, flush=True)
-        done += 2 * CASE
-    print(f"{done} requests in {time.time() - start:.0f} s, {different} differences")
-    sys.exit(different > 0)
+def accepted(path, read):
+    """What `read` makes of the file, or None if it was refused: a line for each thing that is wrong."""
+    try:
+        return read(path)
+    except StudyError as error:
+        assert all(path.name in line and line.isprintable() for line in str(error).split("\n")), error
+        return None
 
 
-if __name__ == "__main__":
-    main()
+def _study(path):
+    case = params.check(checked_yaml.read(path), str(path))
+    json.dumps(case.study.model_dump(mode="json"), allow_nan=False).encode()  # results keep it
+    return case
+
+
+STUDY = (ROOT / "params/smollm2-135m/study.yaml").read_bytes()
+FULL = params.read_study("smollm2-135m").model_dump(mode="json", exclude_none=True)
+
+
+@fuzzed
+@given(tree=changed(FULL), raw=scratched(STUDY), which=st.booleans())
+def test_parameters(tmp_path_factory, tree, raw, which):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    try:
+        path.write_bytes(raw if which else yaml.safe_dump(tree, allow_unicode=True).encode())
+    except (UnicodeEncodeError, yaml.YAMLError):
+        return
+    accepted(path, _study)
+
+
+DIALOGUES = {p.name: p.read_bytes() for p in sorted((ROOT / "tests/inputs/dialogues").glob("*.json"))}
+
+
+@fuzzed
+@given(data=st.data(), which=st.booleans(), name=st.sampled_from(sorted(DIALOGUES)))
+def test_dialogues(tmp_path_factory, data, which, name):
+    path, raw = tmp_path_factory.getbasetemp() / "fuzzed.json", DIALOGUES[name]
+    path.write_bytes(data.draw(scratched(raw)) if which else json.dumps(data.draw(changed(json.loads(raw)))).encode())
+    for dialogue in accepted(path, coqa.read_file) or []:
+        json.dumps(dialogue, ensure_ascii=False).encode()  # as the samples keep it: no half characters
+        questions = dialogue["questions"]["input_text"]
+        assert questions and len(questions) == len(dialogue["answers"]["input_text"])
+
+
+RESULTS = sorted((ROOT / "executed/reference/h200/llama-3.2-1b-random").glob("**/*.json"))[:2]
+
+
+@fuzzed
+@given(data=st.data(), which=st.booleans(), source=st.sampled_from(RESULTS))
+def test_results(tmp_path_factory, data, which, source):
+    path, raw = tmp_path_factory.getbasetemp() / "result.json", source.read_bytes()
+    if which:
+        path.write_bytes(data.draw(scratched(raw)))
+    else:  # schema 1 had no checksum: its readers see whatever the file says
+        old = {key: value for key, value in json.loads(raw).items() if key != "sha256"} | {"schema_version": 1}
+        path.write_text(json.dumps(data.draw(changed(old))))
+    result = accepted(path, results.read)
+    assert result is None or isinstance(result, results.Result)
+
+
+def test_the_good_ones_are_accepted(tmp_path):
+    (tmp_path / "study.yaml").write_bytes(STUDY)
+    assert _study(tmp_path / "study.yaml").study.study == "smollm2-135m" and len(RESULTS) == 2 and len(DIALOGUES) > 4
+    for source in RESULTS:
+        assert results.read(source).status == "ok"
+    with pytest.raises(StudyError, match=r"no\.json"):
+        results.read(tmp_path / "no.json")

@@ -156,7 +156,7 @@ def _damage(name: str, change):
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         # the analysis has to read it
         (project / "executed/tiny/04_analysis.ipynb").unlink(missing_ok=True)
-        yield {}, NEIGHBOURS.get(Path(name).name, re.escape(name))
+        yield {"then": ["report"]}, NEIGHBOURS[Path(name).name]
 
     return damaged
 
@@ -199,7 +199,7 @@ FAULTS["an executed notebook: cut off"] = _damage(f"{NF4}/01_evaluate.ipynb", _h
 def cut_analysis(project):
     path = project / "executed/tiny/04_analysis.ipynb"
     path.write_bytes(_half(path.read_bytes()))
-    yield {}, "04_analysis"
+    yield {"then": ["report"]}, "04_analysis"
 
 
 @fault("a result is deleted")
@@ -211,14 +211,14 @@ def deleted(project):
 @fault("a result of another configuration")
 def foreign(project):
     shutil.copy(project / "executed/tiny/fp16/fidelity.json", project / NF4 / "fidelity.json")
-    yield {}, NEIGHBOURS["fidelity.json"]
+    yield {"then": ["report"]}, NEIGHBOURS["fidelity.json"]
 
 
 @fault("a configuration's folder twice")
 def duplicate(project):
     copy = project / "executed/tiny/copy"
     shutil.copytree(project / NF4, copy)
-    yield {}, "^$"
+    yield {"then": ["report"]}, "^$"
     shutil.rmtree(copy)
 
 
@@ -226,7 +226,7 @@ def duplicate(project):
 def future(project):
     ahead = time.time() + 4e7
     os.utime(project / NF4 / "03_fidelity.ipynb", (ahead, ahead))
-    yield {}, NEIGHBOURS["fidelity.json"]
+    yield {"then": ["check"]}, NEIGHBOURS["fidelity.json"]
 
 
 @fault("the clock jumps: a result of 1980")
@@ -262,7 +262,7 @@ def cut_weights(project):
 def wrong_key(project):
     path = project / "params/tiny/nf4.yaml"
     path.write_text("quantization:\n  double_qaunt: true\n")
-    yield {}, "^$"
+    yield {"then": ["check"]}, "^$"
     path.unlink()
 
 
@@ -284,10 +284,3 @@ def twice(project):
     )
     yield {}, again
     first.wait()
-
-
-def hub_rows(project: Path, make, only: str):
-    """00_setup with a hub that misbehaves, then with one that does not."""
-    from tests.faults import hub
-
-    yield from hub.rows(project, make, only)

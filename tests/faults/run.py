@@ -2,8 +2,9 @@
 
     python -m tests.faults.run [--kills 100] [--only NAME] [--out executed/faults.json]
 
-Works in a copy of the project in a temporary folder. For every fault: inject it, `make run-all`, compare every finished
-result byte by byte, undo the fault or apply the remedy that the message names, `make run-all` again. A row holds
+Works in a copy of the project in a temporary folder. For every fault: inject it, `make measure` (and `report` where a
+finished file is damaged), compare every finished result byte by byte, undo the fault or apply the remedy that the
+message names, `make check measure report`; at the end one `make run-all`. A row holds
 
     fault, repeats; said: the sentence that the user saw; survived: nothing lost, no traceback, the next run complete
 
@@ -25,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from helpers import ROOT, StudyError, params, results
-from tests.faults import inject, tiny
+from tests.faults import hub, inject, tiny
 
 TOKEN = "hf_plantedTokenThatNoFileMayHold"
 LONGEST_WAIT = 12  # s before a kill: about as long as a notebook takes
@@ -80,7 +81,7 @@ def incomplete(project: Path, before: dict[str, str], study: str = "tiny") -> li
 
 def sentence(output: str) -> str:
     """What a user reads: the reason of the first failure, else the line that names a file."""
-    for pattern in (r"FAILED: (.+)", r"^(?!make|\[)(\S+: .+)", r"\*\*\* (.+?)\s+Stop", r"not run: (.+)"):
+    for pattern in (r"FAILED: (.+)", r"^(?!make|\[|fatal)(\S+: .+)", r"\*\*\* (.+?)\s+Stop", r"not run: (.+)"):
         if said := re.search(pattern, output, re.M):
             return re.sub(r"; see \S+$", "", said[1])[:300]
     return ""
@@ -97,29 +98,35 @@ def follow(project: Path, said: str, study: str) -> str:
     return named
 
 
+def row(fault: str, **values) -> dict:
+    """A row of the table with what a fault has not left at its default."""
+    empty = {"repeats": 1, "exit": None, "said": "", "remedy_applied": None, "lost": [], "traceback": False}
+    return {"fault": fault} | empty | {"next_exit": None, "survived": False, "seconds": 0.0} | values
+
+
 def survive(project: Path, name: str, fault) -> dict:
     """One row of the table. A fault yields (options of make, pattern of the files that have to be made again)."""
     start, before = time.monotonic(), {study: finished(project, study) for study in ("tiny", "hardware")}
     with contextmanager(fault)(project) as (options, again):
         study = options.get("study", "tiny")
-        code, output = make(project, "-k", "measure", "report", **options)
+        code, output = make(project, "-k", "measure", *options.pop("then", ()), **options)
         missing = lost(project, before[study], again, study)
     removed = follow(project, said := sentence(output), study)
-    last, end = make(project, study=study)
+    last, end = make(project, "check", "measure", "report", study=study)
     missing += lost(project, before[study], f"{again}|{re.escape(removed)}" if removed else again, study)
     missing += incomplete(project, before[study], study)
-    return {
-        "fault": name,
-        "repeats": 1,
-        "exit": code,
-        "said": said,
-        "remedy_applied": removed or None,
-        "lost": sorted(set(missing)),
-        "traceback": "Traceback" in output + end,
-        "next_exit": last,
-        "survived": not missing and "Traceback" not in output + end and last == 0,
-        "seconds": round(time.monotonic() - start, 1),
-    }
+    broken = "Traceback" in output + end
+    return row(
+        name,
+        exit=code,
+        said=said,
+        remedy_applied=removed or None,
+        lost=sorted(set(missing)),
+        traceback=broken,
+        next_exit=last,
+        survived=not missing and not broken and last == 0,
+        seconds=round(time.monotonic() - start, 1),
+    )
 
 
 def killed(project: Path, kind: signal.Signals, times: int, draw: random.Random) -> dict:
@@ -146,12 +153,16 @@ def killed(project: Path, kind: signal.Signals, times: int, draw: random.Random)
         spoiled += sum(not _readable(path) for path in (project / "executed/hardware").rglob("[a-z]*.json"))
     code, output = make(project, study="hardware")
     missing |= set(incomplete(project, {}, "hardware"))
-    return {
-        "fault": f"{kind.name} to make and all that it started, at random points", "repeats": times, "exit": None,
-        "said": "", "remedy_applied": None, "completed_meanwhile": completed, "lost": sorted(missing),
-        "traceback": "Traceback" in output, "next_exit": code,
-        "survived": code == 0 and not missing and not spoiled, "seconds": round(time.monotonic() - start, 1),
-    }  # fmt: skip
+    return row(
+        f"{kind.name} to make and all that it started, at random points",
+        repeats=times,
+        said=f"{completed} runs were complete before the next signal",
+        lost=sorted(missing),
+        traceback="Traceback" in output,
+        next_exit=code,
+        survived=code == 0 and not missing and not spoiled,
+        seconds=round(time.monotonic() - start, 1),
+    )
 
 
 def _readable(path: Path) -> bool:
@@ -185,23 +196,24 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs; a tenth as many SIGTERMs and Ctrl-Cs")
     parser.add_argument("--only", default="", help="faults whose name matches")
     parser.add_argument("--out", type=Path, default=ROOT / "executed/faults.json")
+    parser.add_argument("--folder", type=Path, help="where to work; a project that is there is used again")
     given, start = parser.parse_args(), time.monotonic()
     origin = results.provenance(params.read_study("smollm2-135m"), None)
     rows, draw = [], random.Random(0)
 
-    def add(row):
-        rows.append(row)
-        print(
-            f"{row['seconds']:6.0f} s  {'survived' if row['survived'] else 'LOST   '}  {row['fault']}: {row['said']}",
-            flush=True,
-        )
+    def add(new):
+        rows.append(new)
+        word = "survived" if new["survived"] else "LOST    "
+        print(f"{new['seconds']:6.0f} s  {word}  {new['fault']}: {new['said']}", flush=True)
         found = {"provenance": origin, "kills": given.kills, "seconds": round(time.monotonic() - start), "rows": rows}
         found["complete"] = not given.only
         results.write_json(given.out, found)
         results.write_text(given.out.with_suffix(".md"), table(found))
 
     with tempfile.TemporaryDirectory() as scratch:
-        project = inject.with_own_cache(tiny.copy(Path(scratch) / "project"))
+        project = given.folder or Path(scratch) / "project"
+        if not project.is_dir():
+            inject.with_own_cache(tiny.copy(project))
         for kind, times in (("SIGKILL", given.kills), ("SIGTERM", given.kills // 10), ("SIGINT", given.kills // 10)):
             if times and re.search(given.only, kind):
                 add(killed(project, signal.Signals[kind], times, draw))
@@ -212,13 +224,13 @@ def main() -> None:
                 raise SystemExit(f"the study does not run without a fault:\n{(output + more)[-2000:]}")
         for name, fault in wanted.items():
             add(survive(project, name, fault))
-        for row in inject.hub_rows(project, make, given.only):
-            add(row)
+        for name, values in hub.rows(project, make, given.only):
+            add(row(f"hub: {name}", **values))
+        if wanted:
+            last, output = make(project)
+            add(row("make run-all after all of it", said=sentence(output), next_exit=last, survived=last == 0))
         leaks = leaked(project)
-        add({
-            "fault": "a token in the environment all the time", "repeats": 1, "exit": None, "said": "", "lost": leaks,
-            "remedy_applied": None, "traceback": False, "next_exit": None, "survived": not leaks, "seconds": 0,
-        })  # fmt: skip
+        add(row("a token in the environment all the time", lost=leaks, survived=not leaks))
     print(f"{sum(r['survived'] for r in rows)} of {len(rows)} survived; {given.out}")
     sys.exit(not all(row["survived"] for row in rows))
 

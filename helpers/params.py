@@ -51,8 +51,7 @@ class Model(Strict):
     revision: Line | None = None  # hub only: a commit or tag
     architecture: dict | None = None  # random only: a transformers configuration, with its model_type
     already_quantized: Line | None = None  # what the weights went through before this study; the report repeats it
-    # auto: the model's own on a GPU, float32 on a CPU. It stands here, not beside `model`, since papermill puts a
-    # configuration's `dtype` into the same namespace.
+    # auto: the model's own on a GPU, float32 on a CPU. Not beside `model`: a configuration's `dtype` is put there.
     dtype: Dtype = "auto"
 
     @model_validator(mode="after")
@@ -91,8 +90,7 @@ class Data(Strict):
 
 
 class Evaluation(Strict):
-    # lm-eval's default; of a dialogue's answer, of which the metric reads one line
-    max_gen_toks: Annotated[int, Field(gt=0, le=2048)] = 256
+    max_gen_toks: Annotated[int, Field(gt=0, le=2048)] = 256  # lm-eval's default; the metric reads one line
     batch_size: Positive | None = None  # none: found from free memory
     tasks: Annotated[list[Line], AsList] = []  # further lm-eval tasks beside the dialogues
     include_path: Line | None = None  # a folder with lm-eval tasks of your own
@@ -113,8 +111,7 @@ class Sizes(Strict):
     modes: Several[Mode] = ["eager"]
 
     def fitted(self, positions: int | None, where: str) -> "Sizes":
-        """Sizes for a model of so many positions (none: any): a default shrinks. Raises StudyError for one that was
-        asked for."""
+        """Sizes for a model of that many positions (none: any): a default shrinks. StudyError for one asked for."""
         room, changed = (positions or 2**31) - self.decode_tokens, {}
         for name, most in {
             "prefill_tokens": room + self.decode_tokens,
@@ -227,8 +224,7 @@ class Float8(Strict):
     """torchao. Weights in float8 (e4m3, a scale per row); not LLM.int8(), which is another 8-bit method."""
 
     method: Literal["torchao-float8"]
-    # dynamic: rounded to float8 as well, so that the GPU multiplies in float8
-    activations: Literal["none", "dynamic"] = "none"
+    activations: Literal["none", "dynamic"] = "none"  # dynamic: float8 as well, so that the GPU multiplies in float8
 
 
 class Int4(Strict):
@@ -291,8 +287,7 @@ class Configuration(Strict):
     configuration: Name
     label: Line  # as tables and figures name it
     quantization: Quantization
-    # of weights that are not quantized, and of compute; auto: the study's (`model.dtype`)
-    dtype: Dtype = "auto"
+    dtype: Dtype = "auto"  # of compute and of what is not quantized; auto: the study's (`model.dtype`)
 
 
 FULL_PRECISION = Configuration(configuration="full", label="Full precision", quantization=Full(method="none"))
@@ -379,9 +374,7 @@ def check(given: dict, where: str) -> Case:
 
 
 def from_notebook(namespace: dict) -> Case:
-    """What a notebook was given, checked: the names that its parameters cell, or papermill, put into `namespace`.
-
-    A notebook that is run by hand holds only the names of a study and a configuration; the rest is read from params/.
+    """What its parameters cell or papermill gave a notebook, checked; by hand only names: the rest is from params/.
     Raises StudyError naming every wrong key."""
     plain = (str, int, float, bool, list, dict, tuple, type(None))
     ours = ("In", "Out", "exit", "quit", "open", "get_ipython")  # IPython's own

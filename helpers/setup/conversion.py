@@ -8,8 +8,8 @@ writes them.
 | SQuAD's JSON, nested or flat | context, question, answers; without an answer it is "unknown", CoQA's word |
 | FriendsQA's JSON | utterances with their speakers as the story |
 
-Questions that share a story become one dialogue, in the order of the file. A question with fewer answers than another
-of its dialogue repeats its first: lm-eval counts equal references once.
+Questions that share a story become one dialogue. A question with fewer answers than another of its dialogue repeats its
+first: lm-eval counts equal references once.
 """
 
 import csv
@@ -66,21 +66,14 @@ def _dialogues(rows: Iterable[tuple], path: Path) -> tuple[list[dict], int]:
         number = "" if names[one["name"]] == 1 else f"-{names[one['name']]}"
         most = max(map(len, one["answers"]))
         first, *others = ([a[k] if k < len(a) else a[0] for a in one["answers"]] for k in range(most))
-        records.append(
-            {
-                "id": one["name"] + number,
-                "source": path.stem,
-                "story": story,
-                "questions": _turns(one["questions"]),
-                "answers": _turns(first),
-                "additional_answers": {str(k): _turns(texts) for k, texts in enumerate(others)},
-            }
-        )
+        turns = [
+            [{"input_text": text, "turn_id": turn} for turn, text in enumerate(texts, 1)]
+            for texts in (one["questions"], first, *others)
+        ]
+        record = {"id": one["name"] + number, "source": path.stem, "story": story}
+        record |= {"questions": turns[0], "answers": turns[1]}
+        records.append(record | {"additional_answers": {str(k): rows for k, rows in enumerate(turns[2:])}})
     return records, skipped
-
-
-def _turns(texts: list[str]) -> list[dict]:
-    return [{"input_text": text, "turn_id": turn} for turn, text in enumerate(texts, 1)]
 
 
 def _csv(path: Path) -> tuple[dict[str, str], list[dict]]:

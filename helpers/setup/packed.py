@@ -73,8 +73,7 @@ class Int4Linear(torch.nn.Linear):
 
     def __init__(self, values, scale, zero, bias=None, dtype=torch.bfloat16):
         out_features, in_features = values.shape
-        self._begin(in_features, out_features, in_features // scale.shape[1], bias)
-        inputs = -(-in_features // max(INPUTS, self.group)) * max(INPUTS, self.group)
+        inputs = self._begin(in_features, out_features, in_features // scale.shape[1], bias)
         multiple = OUTPUTS[values.device.type]
         more = (0, inputs - in_features, 0, -(-out_features // multiple) * multiple - out_features)
         groups = (0, more[1] // self.group, 0, more[3])
@@ -85,17 +84,16 @@ class Int4Linear(torch.nn.Linear):
     def of_torchao(cls, linear: torch.nn.Linear) -> "Int4Linear":
         """The same integers as a linear layer with torchao's tile-packed weight, without its padding beyond 128."""
         self, weight = cls.__new__(cls), linear.weight
-        self._begin(linear.in_features, linear.out_features, weight.block_size[-1], linear.bias)
-        inputs = -(-linear.in_features // max(INPUTS, self.group)) * max(INPUTS, self.group)
+        inputs = self._begin(linear.in_features, linear.out_features, weight.block_size[-1], linear.bias)
         tiles, groups = inputs // INPUTS, inputs // self.group
         self._hold(weight.qdata[:, :tiles].contiguous(), weight.scale_and_zero[:groups].contiguous())
         return self
 
-    def _begin(self, in_features, out_features, group, bias):
+    def _begin(self, in_features, out_features, group, bias) -> int:
+        """Returns the inputs that the kernel needs, with padding."""
         super().__init__(in_features, out_features, bias=False, device="meta")
-        self.weight = None
-        self.bias = bias
-        self.group, self.unpack_rows = group, UNPACK_ROWS
+        self.weight, self.bias, self.group, self.unpack_rows = None, bias, group, UNPACK_ROWS
+        return -(-in_features // max(INPUTS, group)) * max(INPUTS, group)
 
     def _hold(self, packed, scales_and_zeros):
         self.padding = scales_and_zeros.shape[0] * self.group - self.in_features

@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
 from helpers import ROOT, StudyError, params, results, schema_fidelity
-from helpers.analysis import contrasts, durations, frames, sentences, style, tables
+from helpers.analysis import contrasts, durations, frames, plots, sentences, style, tables
 
 REFERENCE = "executed/reference/h200/smollm2-135m"
 HARDWARE = "executed/reference/h200/llama-3.2-1b-random"
@@ -137,6 +138,18 @@ def test_formats_are_compared_where_full_precision_has_no_answers(reference):
     assert contrasts.groups(f, "domain").empty and contrasts.designs(f, params.read_paper()) == []
     said = sentences.abstract(f, rows, rows, f.ratios(), params.read_paper())
     assert any("FP4 from NF4" in text for text in said)
+
+
+def test_too_few_dialogues_give_tables_that_figures_can_draw_and_the_reason(reference):
+    keep = sorted(set(reference.samples.dialogue))[:4]
+    f = reference._replace(samples=reference.samples[reference.samples.dialogue.isin(keep)])
+    rows = contrasts.table(f)
+    figure, axes = plt.subplots()
+    plots.forest(axes, rows.set_index(["a", "b"]), "difference", "low", "high", 0)
+    plt.close(figure)
+    assert rows.low.isna().all() and set(rows.verdict) == {"n too small to say"}
+    said = sentences.abstract(f, rows, rows, f.ratios(), params.read_paper())
+    assert "what it costs, these answers cannot say: no interval: 4 dialogues are fewer than 10." in said[0]
 
 
 def test_no_torch_is_loaded():

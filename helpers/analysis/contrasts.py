@@ -38,6 +38,7 @@ def clusters(table: pd.DataFrame) -> list[str]:
 
 ROW = "metric a b primary difference low high differs verdict recovery recovery_low recovery_high p_adjusted detectable"
 ROW += " reason n_questions"
+NUMBERS = "low high recovery recovery_low recovery_high p_adjusted detectable"  # NaN where there is no interval
 
 
 def table(f: Frames, metric: str = "f1", last_turns: bool = False) -> pd.DataFrame:
@@ -59,6 +60,7 @@ def table(f: Frames, metric: str = "f1", last_turns: bool = False) -> pd.DataFra
             rows.append(row | {"detectable": power.detectable(row)})
     known = dict.fromkeys(key for row in [*rows, dict.fromkeys(ROW.split())] for key in row)
     table = pd.DataFrame(rows, columns=list(known)).astype({"primary": bool, "reason": object})
+    table = table.astype({name: float for name in table if name in NUMBERS.split()})
     return table.assign(reason=table.reason.where(table.reason.notna(), None))  # NaN would count as a reason
 
 

@@ -35,6 +35,8 @@ def noise_helps(facts):
         better.append((f1.f1_low > 0).all())
         worse.append((f1.f1_high < 0).all())
         parts.append(f"F1 {points(f1.f1.min())} to {points(f1.f1.max())} points")
+    elif reason := dig(facts.f.weights, "noise.f1_reason"):
+        parts.append(f"F1 not scored ({reason})")
     verdict = HOLDS if any(better) and not any(worse) else FAILS if any(worse) and not any(better) else OPEN
     return Verdict(verdict, f"with noise of NF4's size, {len(rows)} seeds, vs none: {', '.join(parts)}")
 

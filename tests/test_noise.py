@@ -1,13 +1,16 @@
 """Perturbed weights: what is put in, what comes out, and that everything is put back."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import kstest, rankdata
 
 from helpers import StudyError
+from helpers.analysis.weight_claims import noise_helps
 from helpers.fidelity import codebooks, compare, formats, perturb, texts
 from helpers.schema import DATA
 from helpers.setup import coqa
@@ -112,6 +115,15 @@ def test_noise(model, short):
         assert (row["f1"] is not None) == (row["kind"] in ("nf4", "block"))
     assert found["f1_reason"] is None
     assert found["nf4"]["f1"]["difference"] == pytest.approx(-0.1) and found["nf4"]["f1"]["ci_low"] is None
+
+
+def test_without_f1_the_claim_says_why():
+    limits = {"ln_ratio": 0.05, "ln_low": 0.01, "ln_high": 0.09, "f1_low": None}
+    frames = SimpleNamespace(
+        noise=pd.DataFrame([{"seed": 0} | limits]), weights={"noise": {"f1_reason": perturb.NOT_SCORED}}
+    )
+    evidence = noise_helps(SimpleNamespace(f=frames)).evidence
+    assert "perplexity 1.05x" in evidence and f"F1 not scored ({perturb.NOT_SCORED})" in evidence
 
 
 def test_nf4_swapped_in_is_the_nf4_configuration(model, load, short):

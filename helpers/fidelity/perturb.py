@@ -31,6 +31,7 @@ DIALOGUES = {"cpu": 10, "cuda": 100}  # for noise: at least 10, below which ther
 NOISE_TOKENS = {"cpu": 128, "cuda": None}  # of each; None: all
 BUDGET = {"cpu": (2, 128), "cuda": (20, 256)}  # texts, and tokens of each, for sensitivity
 SIZES_ON_CPU = (64, 1024)  # of the sweep of block sizes, with perplexity
+NOT_SCORED = "it needs a GPU: the questions are answered again for every row"
 FORMATS = ("int8", "lloyd_max", "gaussian_lloyd_max", "nf4", "uniform", "asymmetric", "fp4")
 
 
@@ -147,7 +148,7 @@ def noise(
         "full": {"ppl": perplexity(base), "f1": None if base_f1 is None else float(np.mean(base_f1[0]))},
         "nf4": rows[0],
         "seeds": rows[1:],
-        "f1_reason": None if score else "it needs a GPU: the questions are answered again for every row",
+        "f1_reason": None if score else NOT_SCORED,
         "seconds": time.perf_counter() - start,
     }
 

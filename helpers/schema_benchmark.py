@@ -22,11 +22,9 @@ class Memory(Exact):
     checkpoint_mb: float  # on disk
     peak_load_mb: float | None  # while loading; a GPU: allocated, a CPU: resident memory of the process
     peak_prefill_mb: float | None  # of the longest prefill
-    peak_prefill_tokens: int | None
     peak_decode_mb: float | None  # of eager decode at batch 1
     peak_reason: str | None  # why there are no peaks
     kv_cache_bytes_per_token: float | None  # of one sequence; None: no keys and values
-    process_peak_mb: float | None  # resident memory of the whole process
 
 
 class Time(Exact):
@@ -49,7 +47,6 @@ class Prefill(Milliseconds):
     tokens: int  # of each row's prompt
     tokens_per_second: float
     limit_ms: float  # least time by bandwidth or matmul rate
-    limit_kind: Literal["memory", "compute"]
     percent_of_limit: float
 
 
@@ -59,14 +56,12 @@ class FirstToken(Milliseconds):
 
 class Decode(Time):
     prompt_tokens: int  # context at the start
-    tokens_per_sample: int
     median_ms_per_token: float  # of one step, for all rows
     q25_ms_per_token: float
     q75_ms_per_token: float
     samples_ms_per_token: list[float]
     tokens_per_second: float  # of all rows
-    bytes_per_step: int  # that a step must move
-    limit_ms: float  # to move them at the copy bandwidth
+    limit_ms: float  # to move the bytes of a step at the copy bandwidth
     achieved_gb_per_second: float
     percent_of_limit: float | None = None
     build_seconds: float | None = None  # compiling and capturing; None: eager
@@ -77,10 +72,7 @@ class Joules(Exact):
     batch: int
     tokens: int  # generated while measured
     seconds: float
-    counter_seconds: float | None = (
-        None  # between the first and last move of the energy counter, which mean_watts stands for
-    )
-    mean_watts: float
+    mean_watts: float  # between the first and the last move of the energy counter
     joules_per_token: float
     includes_prefill: bool
 
@@ -108,14 +100,7 @@ class Profile(Exact):
     ms_per_step: float
     share: float  # 0 to 1
     kernels: float | None = None  # launched per step
-    gb_per_second: float | None = (
-        None  # weights read by a matmul, per second of its kernels; None: not a matmul, or unknown
-    )
-
-
-class Status(Exact):
-    ok: bool
-    reason: str | None
+    gb_per_second: float | None = None  # weights that a matmul reads, per second of its kernels; None: unknown
 
 
 class LeftOut(Exact):
@@ -128,8 +113,7 @@ class Hardware(Exact):
 
     name: str
     copy_bandwidth_gb_per_second: float  # read and written
-    matmul_tflops: float
-    matmul_dtype: str
+    matmul_tflops: float  # in the model's dtype
 
 
 class Largest(Exact):
@@ -139,28 +123,16 @@ class Largest(Exact):
     mode: Mode | None  # of the times: the fastest that fits
     batch: int  # that decodes; 0: none
     fails: int | None = None  # the smallest that was seen to fail
-    predicted_batch: int | None = None  # linear in two peaks
-    tries: int | None = None
-    allocated_before_mb: float | None = None  # the weights, and what libraries keep
-    peak_reserved_mb: float | None = None
     tokens_per_second: float | None  # of all rows
-    median_ms_per_token: float | None = None
-    q25_ms_per_token: float | None = None
-    q75_ms_per_token: float | None = None
-    n: int | None = None
-    dropped: int | None = None
     samples_ms_per_token: list[float] | None = None
     reason: str | None  # why there is no batch
 
 
 class Conditions(Exact):
-    before: dict  # helpers.benchmark.conditions: seconds, MHz, degrees C, W
-    after: dict
-    warnings: list[str]
+    warnings: list[str]  # what may have disturbed the measurement
 
 
 class Benchmark(Exact):
-    device: Literal["cpu", "cuda"]
     dtype: str  # computed in
     loading: dict  # models.load's info
     memory: Memory
@@ -170,12 +142,9 @@ class Benchmark(Exact):
     energy: Energy
     agreement: list[Agreement]
     profile: list[Profile]
-    modes: dict[str, Status]  # eager, cuda_graph, compile
     left_out: list[LeftOut]  # not measured, and why
     hardware: Hardware
     largest_batch: list[Largest]
-    largest_batch_reason: str | None  # why there are none
     int8_limit: dict | None  # helpers.benchmark.int8_limit.reproduce; None: no LLM.int8() layer
     conditions: Conditions
-    sizes: dict  # params.Sizes that were run
     measure_seconds: float  # s, from before loading

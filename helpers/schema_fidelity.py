@@ -3,16 +3,15 @@
 from helpers.schema_base import Exact, Interval, NotDone
 
 
-class Perplexity(Exact):
+class Perplexity(Interval):
+    """The interval is ln_ratio's."""
+
     tokens: int  # scored
     full: float | None  # full precision's perplexity
     quantized: float | None  # this configuration's
     ratio: float | None  # quantized / full
     ln_ratio: float | None  # ln of it, nats per token
-    ci_low: float | None  # of ln_ratio
-    ci_high: float | None
     p: float | None  # sign-flip test over dialogues
-    reason: str | None  # why there is no interval
 
 
 class FilePerplexity(Perplexity):
@@ -55,10 +54,6 @@ class CorrectToken(Exact):
 
     mean: float
     rms: float  # root mean square
-    p5: float  # percentiles
-    p50: float
-    p95: float
-    intervals: dict[str, Interval]  # of mean, rms
 
 
 class Sums(Exact):
@@ -92,11 +87,9 @@ class LeftOut(Exact):
 
 
 class Baseline(Exact):
-    """Full precision that this configuration is compared with: in its own dtype."""
+    """Full precision that this configuration is compared with."""
 
-    dtype: str
-    device: str  # cpu or cuda
-    from_cache: bool  # its hidden states came from .cache, where another configuration's run had left them
+    dtype: str  # this configuration's
 
 
 class Floor(Exact):
@@ -136,7 +129,6 @@ class Fidelity(Exact):
     per_question: list[QuestionDivergence]
     left_out: list[LeftOut] | None = None  # dialogues longer than the model takes
     baseline: Baseline | None = None
-    arithmetic: str  # dtype of the computation
     weights: OwnError | None = None  # None: full precision
     floor: list[Floor] | NotDone | None = None  # full precision's result alone has it, for its own dtype
     text: FilePerplexity | NotDone | None = None  # of fidelity.text; None: no file named
@@ -156,26 +148,16 @@ class Layer(Exact):
     depth: int | None
     weights: int  # their number
     excess_kurtosis: float  # of w / absmax in blocks of 64, less a Gaussian's in the same blocks
-    excess_kurtosis_raw: float  # of w, less 3
     ks_distance: float  # from that Gaussian
-    ks_chance: float  # its mean for as many Gaussian weights
     distinct_values_per_block: float  # mean over the first blocks
     errors: dict[str, float]  # format -> relative squared error
-
-
-class KSShare(Exact):
-    at_most: float  # KS distance
-    layers: float  # share of them
-    weights: float  # share of them
 
 
 class BlockSize(Exact):
     format: str
     block_size: int
-    double_quant: bool
     bits_per_weight: float
     relative_squared_error: float
-    sqnr_db: float | None
     ppl: float | None = None  # all linear layers in this format; None: not read
     ln_ratio: float | None = None  # ln(ppl / full precision's)
 
@@ -194,16 +176,12 @@ class Histogram(Exact):
 
 
 class WeightErrors(Exact):
-    block_size: int  # of everything but block_sizes
     codebooks: dict[str, Codebook]
     formats: dict[str, FormatError]
     layers: list[Layer]
-    ks_curve: list[KSShare] | None = None
     block_sizes: list[BlockSize]
-    block_sizes_share: float  # of every layer's weights
     block_sizes_read: BlockSizeTexts | NotDone | None = None  # what ppl was read on
     histogram: Histogram
-    gaussian: dict[str, float]  # Gaussian weights: format -> relative squared error; excess_kurtosis of w / absmax
     seconds: float
 
 
@@ -223,9 +201,7 @@ class Correlation(Exact):
 
     n: int
     kl: float | None
-    kl_p: float | None  # None below ten rows
     ln_ratio: float | None
-    ln_ratio_p: float | None
 
 
 class SignTest(Exact):
@@ -269,6 +245,7 @@ class Noise(Exact):
     full: FullScore
     nf4: NoiseRow
     seeds: list[NoiseRow]
+    f1_reason: str | None = None  # why F1 was not scored
     seconds: float
 
 

@@ -66,14 +66,14 @@ def test_time_per_output_token_leaves_the_first_out():
 
 
 def test_prefill_row():
-    row = passes.prefill_row("eager", 2, 100, [9.0, 10.0, 11.0], (4.0, "compute"))
+    row = passes.prefill_row("eager", 2, 100, [9.0, 10.0, 11.0], 4.0)
     assert row["tokens_per_second"] == pytest.approx(20_000)
     assert row["percent_of_limit"] == pytest.approx(40.0)
-    assert (row["limit_ms"], row["limit_kind"], row["batch"], row["tokens"], row["n"]) == (4.0, "compute", 2, 100, 3)
+    assert (row["limit_ms"], row["batch"], row["tokens"], row["n"]) == (4.0, 2, 100, 3)
 
 
 def test_decode_row():
-    row = passes.decode_row("cuda_graph", 8, 128, 64, [2.0, 2.0, 2.0], int(1e9), HARDWARE)
+    row = passes.decode_row("cuda_graph", 8, 128, [2.0, 2.0, 2.0], int(1e9), HARDWARE)
     assert row["tokens_per_second"] == pytest.approx(4000)
     assert row["achieved_gb_per_second"] == pytest.approx(500)
     assert row["limit_ms"] == pytest.approx(1.0) and row["percent_of_limit"] == pytest.approx(50)
@@ -83,7 +83,7 @@ def test_decode_row():
 class Meter:
     """An energy counter that moves every 20 ms, at 200 W."""
 
-    def __call__(self, device):
+    def __call__(self):
         return 200 * (time.perf_counter() // 0.02) * 0.02
 
 
@@ -93,14 +93,14 @@ def test_energy_is_the_counters_power_times_a_tokens_time(monkeypatch):
     runs = []
     row = passes.energy_row("compile", 4, lambda: runs.append(time.sleep(0.01)), 10, CPU, includes_prefill=False)
     assert row["tokens"] == len(runs) * 40
-    assert row["mean_watts"] == pytest.approx(200, rel=0.15) and 0.2 < row["counter_seconds"] <= row["seconds"]
+    assert row["mean_watts"] == pytest.approx(200, rel=0.15)
     assert row["joules_per_token"] == pytest.approx(row["mean_watts"] * row["seconds"] / row["tokens"])
 
 
 def test_a_counter_that_stands_still_is_no_energy(monkeypatch):
-    monkeypatch.setattr(conditions, "energy_joules", lambda device: 5.0)
+    monkeypatch.setattr(conditions, "energy_joules", lambda: 5.0)
     with pytest.raises(RuntimeError, match="hardly moved"):
-        conditions.mean_watts(CPU, lambda: time.sleep(0.02))
+        conditions.mean_watts(lambda: time.sleep(0.02))
 
 
 def test_leading_equal():
@@ -324,15 +324,12 @@ def test_all_passes_give_a_result_of_the_schema(study, sizes):
     assert len(found["time_to_first_token"]) == 3
     assert sum(r["share"] for r in found["profile"]) == pytest.approx(1.0)
     assert any(r["gb_per_second"] and r["kernels"] >= 210 for r in found["profile"])
-    assert set(found["modes"]) == set(decoder.MODES) and found["modes"]["eager"]["ok"]
-    for mode in ("cuda_graph", "compile"):
-        assert not found["modes"][mode]["ok"] and found["modes"][mode]["reason"]
     for row in found["decode"]:
         assert row["percent_of_limit"] == pytest.approx(100 * row["limit_ms"] / row["median_ms_per_token"])
     held = found["memory"]
-    assert held["process_peak_mb"] > held["allocated_mb"] > held["reported_footprint_mb"]
-    if found["device"] == "cpu":
-        assert found["largest_batch"] == [] and "no GPU" in found["largest_batch_reason"]
+    assert held["allocated_mb"] > held["reported_footprint_mb"]
+    if not torch.cuda.is_available():
+        assert found["largest_batch"] == [] and "no GPU" in found["left_out"][-1]["reason"]
         assert found["energy"]["rows"] == [] and "no GPU" in found["energy"]["reason"]
 
 
@@ -346,7 +343,7 @@ def test_what_runs_full_precisions_kernels_is_not_timed(load, sizes):
     found = passes.result(bench, memory, parts, ([], reason))
     Benchmark.model_validate(found, context="writing")
     assert not found["prefill"] and not found["decode"] and not found["profile"]
-    assert {r["reason"] for r in found["left_out"]} == {reason} == {m["reason"] for m in found["modes"].values()}
+    assert {r["reason"] for r in found["left_out"]} == {reason}
     assert {k for k, v in found["memory"].items() if v is not None} == {"checkpoint_mb", "peak_reason"}
 
 
@@ -363,7 +360,7 @@ IN_TIME = time.perf_counter() + 3600  # a busy machine does not make the deadlin
 
 def test_a_decoder_pass_fills_every_table(load, sizes, uncaptured):
     found = passes.decode(passes.ready(load("fp16"), sizes, 0, {}, IN_TIME), "cuda_graph", QUIET)
-    assert found["modes"] == {"cuda_graph": {"ok": True, "reason": None}} and not found["left_out"]
+    assert not found["left_out"]
     assert [r["batch"] for r in found["decode"]] == [1, 1, 2] and all(r["build_seconds"] > 0 for r in found["decode"])
     assert found["agreement"] == [{"mode": "cuda_graph", "tokens": 4, "identical": 4, "explained": None}]
     assert sum(r["share"] for r in found["profile"]) == pytest.approx(1.0)
@@ -371,8 +368,8 @@ def test_a_decoder_pass_fills_every_table(load, sizes, uncaptured):
 
 def test_no_time_left_is_a_reason(load, sizes, uncaptured):
     found = passes.decode(passes.ready(load("fp16"), sizes, 0, {}, began=-1e6), "compile", QUIET)
-    assert found["decode"] == [] and not found["modes"]["compile"]["ok"]
-    assert "time" in found["modes"]["compile"]["reason"] and len(found["left_out"]) == 3
+    assert found["decode"] == [] and len(found["left_out"]) == 3
+    assert any("time for this notebook" in row["reason"] for row in found["left_out"])
 
 
 def test_a_capture_that_fails_is_a_reason(load, sizes, monkeypatch):
@@ -382,9 +379,9 @@ def test_a_capture_that_fails_is_a_reason(load, sizes, monkeypatch):
     monkeypatch.setattr(decoder, "obstacle", lambda model, mode: None)
     monkeypatch.setattr(decoder, "Decoder", fail)
     found = passes.decode(passes.ready(load("fp16"), sizes, 0, {}, IN_TIME), "cuda_graph", QUIET)
-    reason = "RuntimeError: operation not permitted when stream is capturing"
-    assert found["modes"]["cuda_graph"] == {"ok": False, "reason": reason}
-    assert len(found["left_out"]) == 1  # what the first cell can't do is not tried again
+    (row,) = found["left_out"]
+    # what the first cell can't do is not tried again
+    assert row["reason"] == "RuntimeError: operation not permitted when stream is capturing"
 
 
 SMALL = {"vocab_size": 128, "max_position_embeddings": 128, "tie_word_embeddings": True}
@@ -418,7 +415,7 @@ def test_any_architecture_gives_rows_or_reasons(kind, sizes, uncaptured):
     assert len(found["prefill"]) >= 2 and [r["mode"] for r in found["decode"]][:2] == ["eager", "eager"]
     assert all(row["limit_ms"] > 0 for row in found["prefill"] + found["decode"])
     static = [r for r in found["decode"] if r["mode"] == "cuda_graph"]
-    assert static or not found["modes"]["cuda_graph"]["ok"]
+    assert static or any("cuda_graph" in row["what"] for row in found["left_out"])
     assert all(row["reason"] for row in found["left_out"])
     if kind in ("mamba", "lfm2"):
         assert found["memory"]["kv_cache_bytes_per_token"] is None
@@ -477,13 +474,10 @@ def test_a_budgets_row(load, sizes, monkeypatch):
     monkeypatch.setattr(capacity, "_attempt", samples)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**30)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**29)
     model, modes = load("fp16").model, ["cuda_graph", "compile"]
     row = capacity._largest(model, sizes, 8, 100, 0, modes, float("inf"))
     assert (row["batch"], row["fails"], row["mode"]) == (90, 91, "cuda_graph") and fractions == [0.1, 1.0]
     assert row["tokens_per_second"] == pytest.approx(90 / 2e-3)
-    assert (row["allocated_before_mb"], row["peak_reserved_mb"], row["predicted_batch"]) == (512.0, 1024.0, 100)
     assert tried[-2:] == [(90, "cuda_graph", True), (90, "compile", True)]
     monkeypatch.setattr(capacity, "_attempt", lambda *arguments, **options: None)
     nothing = capacity._largest(model, sizes, 8, 0, 0, modes, float("inf"))

@@ -193,8 +193,7 @@ def test_questions_join_with_scores(compared, dialogues):
 def test_below_ten_dialogues_there_is_no_interval(compared):
     found = compared["nf4"]
     rows = [found["perplexity"]["all"], found["agreement_interval"]]
-    rows += [*found["kl"]["intervals"].values(), *found["correct_token"]["intervals"].values()]
-    for row in rows:
+    for row in [*rows, *found["kl"]["intervals"].values()]:
         assert row["ci_low"] is None and "2 dialogues are fewer than 10" in row["reason"]
 
 
@@ -206,24 +205,24 @@ def test_full_precision_says_what_no_difference_is(compared):
 
 
 def test_full_precision_is_read_once_for_all_configurations(run, compared):
-    assert [found["baseline"]["from_cache"] for found in compared.values()] == [False, True, True, True]
-    baseline = {key: compared["nf4"]["baseline"][key] for key in ("dtype", "device")}
-    assert baseline == {"dtype": "float32", "device": "cpu"}
+    assert compared["nf4"]["baseline"] == {"dtype": "float32"}
     (path,) = (compare.CACHE / "fidelity").glob("*")
+    before = path.stat().st_mtime_ns
+    run("int8")
+    assert path.stat().st_mtime_ns == before
     path.write_bytes(path.read_bytes()[:1000])  # half a file is read again, not believed
     again = run("int8")
-    assert not again["baseline"]["from_cache"]
+    assert path.stat().st_size > 1000
     for key in ("perplexity", "kl", "agreement", "correct_token", "per_dialogue"):
         assert again[key] == compared["int8"][key]
 
 
 def test_other_tokens_are_read_anew(study, load, read):
     full = load("fp16")
-    first, cached = compare.reference(study, full, read[:1], "test")
-    assert not cached and compare.reference(study, full, read[:1], "test")[1]
-    changed = read[0]._replace(ids=read[0].ids.flip(0))
-    assert not compare.reference(study, full, [changed], "test")[1]
-    assert len(list((compare.CACHE / "fidelity").glob("*-test-*"))) == 1
+    first = compare.reference(study, full, read[:1], "test")
+    (path,) = (compare.CACHE / "fidelity").glob("*-test-*")
+    compare.reference(study, full, [read[0]._replace(ids=read[0].ids.flip(0))], "test")
+    assert [other != path for other in (compare.CACHE / "fidelity").glob("*-test-*")] == [True]
     torch.testing.assert_close(first[0], texts.hidden_states(full.model, read[:1])[0])
 
 
@@ -278,7 +277,6 @@ def test_summary_against_numpy():
     for name in ("mean", "median"):
         assert found["kl"]["intervals"][name]["ci_low"] < found["kl"][name] < found["kl"]["intervals"][name]["ci_high"]
     assert found["correct_token"]["rms"] == pytest.approx(np.sqrt((change**2).mean()))
-    assert found["correct_token"]["p95"] == pytest.approx(np.quantile(change, 0.95))
     row = found["perplexity"]["all"]
     assert row["ln_ratio"] == pytest.approx((nll - full).mean()) and row["ci_low"] < row["ln_ratio"] < row["ci_high"]
     assert row["ratio"] == pytest.approx(row["quantized"] / row["full"])

@@ -1,13 +1,16 @@
 """Perturbed weights: what is put in, what comes out, and that everything is put back."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import kstest, rankdata
 
 from helpers import StudyError
+from helpers.analysis.weight_claims import noise_helps
 from helpers.fidelity import codebooks, compare, formats, perturb, texts
 from helpers.schema import DATA
 from helpers.setup import coqa
@@ -55,7 +58,7 @@ def test_swapped_weights_are_put_back_even_after_an_error(model):
 def test_noise_has_the_asked_size_and_kind(model):
     name = "model.layers.3.self_attn.q_proj"
     weight = model.get_submodule(name).weight.detach()
-    quantized = {name: formats.round_trips(weight, "nf4")[1]}
+    quantized = {name: formats.round_trip(weight, "nf4", double=True)}
     error = (quantized[name] - weight).view(-1, 64)
     added = {k: (perturb.noisy(model, quantized, k, 4)[name] - weight).view(-1, 64) for k in perturb.NOISE}
     for kind, noise in added.items():
@@ -110,7 +113,17 @@ def test_noise(model, short):
         assert row["relative_squared_error"] == pytest.approx(size, rel=1e-3)
         assert row["log_ppl_ratio"]["difference"] == pytest.approx(np.log(row["ppl"] / found["full"]["ppl"]))
         assert (row["f1"] is not None) == (row["kind"] in ("nf4", "block"))
+    assert found["f1_reason"] is None
     assert found["nf4"]["f1"]["difference"] == pytest.approx(-0.1) and found["nf4"]["f1"]["ci_low"] is None
+
+
+def test_without_f1_the_claim_says_why():
+    limits = {"ln_ratio": 0.05, "ln_low": 0.01, "ln_high": 0.09, "f1_low": None}
+    frames = SimpleNamespace(
+        noise=pd.DataFrame([{"seed": 0} | limits]), weights={"noise": {"f1_reason": perturb.NOT_SCORED}}
+    )
+    evidence = noise_helps(SimpleNamespace(f=frames)).evidence
+    assert "perplexity 1.05x" in evidence and f"F1 not scored ({perturb.NOT_SCORED})" in evidence
 
 
 def test_nf4_swapped_in_is_the_nf4_configuration(model, load, short):
@@ -129,17 +142,15 @@ def test_a_score_of_other_questions_is_an_error(model, short):
 
 def test_perplexity_of_block_sizes(model, short):
     rows = [
-        {"format": kind, "block_size": size, "double_quant": double}
-        for kind, size, double in (("nf4", 64, False), ("nf4", 64, True), ("fp4", 1024, False), ("nf4", 128, False))
+        {"format": kind, "block_size": size, "ppl": None, "ln_ratio": None}
+        for kind, size in (("nf4", 64), ("fp4", 1024), ("nf4", 128), ("uniform", 64))
     ]
-    rows.append({"format": "uniform", "block_size": 64, "double_quant": False})
-    rows = [row | {"ppl": None, "ln_ratio": None} for row in rows]
     found = perturb.block_sizes(model, short, rows)
-    assert [row["ppl"] is not None for row in rows] == [True, False, True, False, False]
+    assert [row["ppl"] is not None for row in rows] == [True, True, False, False]
     assert "64 and 1024" in found["reason"] and found["tokens"] == len(texts.scored(short[0]))
-    new = {n: formats.round_trips(m.weight, "fp4", 1024)[0] for n, m in linear_layers(model).items()}
+    new = {n: formats.round_trip(m.weight, "fp4", 1024) for n, m in linear_layers(model).items()}
     with perturb.swapped(model, new):
-        assert rows[2]["ppl"] == pytest.approx(texts.perplexity(texts.nll_sums(model, short)))
+        assert rows[1]["ppl"] == pytest.approx(texts.perplexity(texts.nll_sums(model, short)))
     assert rows[0]["ln_ratio"] == pytest.approx(np.log(rows[0]["ppl"] / found["ppl_full"]))
 
 
@@ -149,7 +160,7 @@ def test_starting_at_a_block_is_exact(model, short):
     entering, reference = perturb._reference(model, blocks, short)
     assert len(entering) == len(blocks)
     name = "model.layers.2.mlp.down_proj"
-    new = {name: formats.round_trips(model.get_submodule(name).weight, "fp4")[0]}
+    new = {name: formats.round_trip(model.get_submodule(name).weight, "fp4")}
     with perturb.swapped(model, new):
         whole = perturb._loss(model, short, reference)
         with perturb._starting_at(blocks, 2, entering):
@@ -180,7 +191,7 @@ def test_sensitivity(model, short, monkeypatch):
     assert found["spearman"]["layers_nf4"]["n"] == BLOCKS
     fp4 = [row["kl"] for row in found["layers"] if row["format"] == "fp4"]
     assert found["fp4_loses_more"]["count"] == sum(b > a for a, b in zip(blocks, fp4, strict=True))
-    assert found["spearman"]["formats"]["n"] == 5 and found["spearman"]["formats"]["kl_p"] is None
+    assert found["spearman"]["formats"]["n"] == 5
 
 
 def test_results_are_what_the_schema_says(model, short):
@@ -194,6 +205,7 @@ def test_results_are_what_the_schema_says(model, short):
         "left_out": [],
     }
     DATA["weights"].model_validate(found, context="writing")
+    assert "needs a GPU" in found["noise"]["f1_reason"]
     DATA["weights"].model_validate(found | {"noise": {"reason": "no linear layers"}}, context="writing")
 
 

@@ -43,7 +43,7 @@ formats         index: format. relative_squared_error, sqnr_db, dtype: each form
                 layers)
 layers          layer, kind, depth, weights, ks_distance, excess_kurtosis, distinct_values, format,
                 relative_squared_error
-block_sizes     format, block_size, double_quant, bits_per_weight, relative_squared_error, sqnr_db, ppl, ln_ratio
+block_sizes     format, block_size, bits_per_weight, relative_squared_error, ppl, ln_ratio
 sensitivity     depth, format, relative_squared_error, ln_ratio, kl: one block of layers quantized at a time
 noise           kind (nf4, or what the noise was matched to), seed, relative_squared_error, ln_ratio, ln_low, ln_high,
                 f1, f1_low, f1_high (difference from full precision)
@@ -162,7 +162,7 @@ def load(where: Study | str | Path) -> Frames:
         sizes=sizes.reindex([name for name in names if name in sizes.index]),
         formats=tables.formats(weights, fidelity),
         layers=tables.layers(weights),
-        block_sizes=pd.DataFrame(weights.get("weights", {}).get("block_sizes", [])),
+        block_sizes=tables.block_sizes(weights),
         sensitivity=pd.DataFrame((weights.get("sensitivity") or {}).get("layers", [])),
         noise=tables.noise(weights.get("noise") or {}),
         hardware=tables.hardware(measured),

@@ -148,6 +148,12 @@ def formats(weights: dict, fidelity: dict) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
 
 
+def block_sizes(weights: dict) -> pd.DataFrame:
+    """Results of earlier versions also hold rows of double quantization."""
+    rows = [row for row in dig(weights, "weights.block_sizes") or [] if not row.get("double_quant")]
+    return table(rows, ["format", "block_size", "bits_per_weight", "relative_squared_error", "ppl", "ln_ratio"])
+
+
 def layers(weights: dict) -> pd.DataFrame:
     columns = "layer kind depth weights ks_distance excess_kurtosis distinct_values"
     rows = [

@@ -25,6 +25,8 @@ def noise_helps(facts):
             ends = known[value].min(), known[value].max()
             texts = map(points, ends) if sign > 0 else map(times, np.exp(ends))
             parts.append(f"{'F1 points' if sign > 0 else 'perplexity'} {' to '.join(texts)} in {len(known)} draws")
+    if parts and (reason := dig(facts.f.weights, "noise.f1_reason")):
+        parts.append(f"F1 not scored ({reason})")
     if not parts:
         raise NotMeasured("noise on the weights was not tried in this study, or has no interval")
     verdict = HOLDS if any(better) and not any(worse) else FAILS if any(worse) and not any(better) else OPEN

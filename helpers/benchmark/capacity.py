@@ -15,7 +15,7 @@ import torch
 
 from helpers.benchmark import decoder, timing
 from helpers.benchmark.generation import decoder_samples, first_line, prompt
-from helpers.setup.device import MB, reset_peak
+from helpers.setup.device import reset_peak
 
 # Prompts prefilled; their rows are repeated to the batch, for prefill in one go needs more room than decode.
 DISTINCT_PROMPTS = 32
@@ -55,9 +55,8 @@ def interval(
 
 def _decoder(model, sizes, batch: int, seed: int, mode: str) -> decoder.Decoder:
     ids = prompt(model, min(batch, DISTINCT_PROMPTS), sizes.prompt_tokens, seed)
-    return decoder.Decoder(
-        model, ids, sizes.decode_tokens, captured=mode != "static", compiled=mode == "compile", repeat_rows=batch
-    )
+    how = {"captured": mode != "static", "compiled": mode == "compile", "repeat_rows": batch}
+    return decoder.Decoder(model, ids, sizes.decode_tokens, **how)
 
 
 def _peak_bytes(model, sizes, batch: int, seed: int, mode: str) -> float:
@@ -86,8 +85,7 @@ def _attempt(model, sizes, batch: int, seed: int, mode: str, timed: bool) -> lis
 
 
 def _timed(model, sizes, batch: int, seed: int, modes: list[str]) -> dict:
-    """The fastest mode's times at a batch: mode, tokens_per_second, peak_reserved_mb and its summary; {} if none
-    fits."""
+    """The fastest mode at a batch: mode, tokens_per_second, samples_ms_per_token; {} if none fits."""
     best = {}
     for mode in modes:
         try:
@@ -97,9 +95,8 @@ def _timed(model, sizes, batch: int, seed: int, modes: list[str]) -> dict:
                 raise
             samples = None
         if samples:
-            row = {"mode": mode, **timing.summary(samples, "ms_per_token")}
-            row["tokens_per_second"] = timing.per_second(batch, row["median_ms_per_token"])
-            row["peak_reserved_mb"] = torch.cuda.max_memory_reserved() / MB
+            speed = batch / timing.summary(samples, "ms")["median_ms"] * 1e3
+            row = {"mode": mode, "tokens_per_second": speed, "samples_ms_per_token": samples}
             best = max(best, row, key=lambda r: r.get("tokens_per_second", 0.0))
     return best
 
@@ -108,30 +105,24 @@ def _largest(model, sizes, budget_gib: float, predicted: int, seed: int, modes: 
     """One row: the batches around the budget's edge, in the first of `modes`, and the time of the largest that fits."""
     total = torch.cuda.get_device_properties(model.device).total_memory
     reset_peak(model.device)
-    row = EMPTY | {"budget_gib": budget_gib, "predicted_batch": predicted}
-    row["allocated_before_mb"] = torch.cuda.memory_allocated() / MB  # weights, and what libraries keep for themselves
+    row = EMPTY | {"budget_gib": budget_gib}
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget_gib * 2**30 / total))
     try:
-        row["batch"], row["fails"], row["tries"] = interval(
+        row["batch"], row["fails"], tries = interval(
             lambda batch: bool(_attempt(model, sizes, batch, seed, modes[0], timed=False)),
             predicted,
             lambda: time.perf_counter() < deadline,
         )
         timed = _timed(model, sizes, row["batch"], seed, modes) if row["batch"] else {}
-        row |= timed
         if not timed:
-            row["batch"], row["reason"] = 0, f"no batch decoded within {budget_gib} GiB in {row['tries']} tries"
-        return row
+            row["batch"], row["reason"] = 0, f"no batch decoded within {budget_gib} GiB in {tries} tries"
+        return row | timed
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-# A row of which nothing is known yet; the result's schema says what the keys are.
-EMPTY = {
-    "budget_gib": None, "mode": None, "batch": 0, "fails": None, "predicted_batch": None, "tries": 0, "reason": None,
-    "allocated_before_mb": None, "peak_reserved_mb": None, "tokens_per_second": None, "median_ms_per_token": None,
-    "q25_ms_per_token": None, "q75_ms_per_token": None, "n": 0, "dropped": 0, "samples_ms_per_token": [],
-}  # fmt: skip
+# A row of which nothing is known yet.
+EMPTY = {"mode": None, "batch": 0, "fails": None, "reason": None, "tokens_per_second": None, "samples_ms_per_token": []}
 
 
 @torch.no_grad()
@@ -156,21 +147,17 @@ def largest_batches(
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     rows = []
     for budget in budgets_gib:
-        reason = None
+        row = EMPTY | {"budget_gib": budget}
         if budget * 2**30 > free:
-            reason = f"this GPU has {free / 2**30:.1f} GiB free"
+            row["reason"] = f"this GPU has {free / 2**30:.1f} GiB free"
         elif time.perf_counter() > deadline:
-            reason = "the time for this notebook was over"
+            row["reason"] = "the time for this notebook was over"
         else:
             try:
                 predicted = batch_that_fits(budget * 2**30, CALIBRATION_ROWS, peaks)
-                rows.append(_largest(model, sizes, budget, predicted, seed, modes, deadline))
+                row = _largest(model, sizes, budget, predicted, seed, modes, deadline)
             except Exception as error:
-                reason = first_line(error)
-        if reason:
-            rows.append(EMPTY | {"budget_gib": budget, "reason": reason})
-        last = rows[-1]
-        progress(
-            f"largest batch in {budget} GiB: {last['batch']}, {last['tokens_per_second'] or 0:.0f} tokens per second"
-        )
+                row["reason"] = first_line(error)
+        rows.append(row)
+        progress(f"largest batch in {budget} GiB: {row['batch']}, {row['tokens_per_second'] or 0:.0f} tokens/s")
     return rows, None

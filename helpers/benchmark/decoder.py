@@ -30,47 +30,32 @@ from transformers import AttentionInterface
 from helpers.setup.device import capture_stream, kv_cache_bytes_per_token
 from helpers.setup.layers import int8_threshold
 
-MODES = ("eager", "cuda_graph", "compile")
 ATTENTION = "static_decode"
 # Up to so many rows, compiled attention is written as products and sums, which fuse, and not as SDPA.
 FUSED_ATTENTION_ROWS = 8
 CAPTURE_WARMUP = 3
 
 
-def compile_options(
-    batch: int,
-    descent: bool | None = None,
-    combo: bool | None = None,
-    all_directions: bool = False,
-    pointwise: bool = False,
-) -> dict:
+def compile_options(batch: int) -> dict:
     """Inductor options; those that this torch does not know are left out.
 
-    At one row a matmul is a matrix-vector product: with coordinate descent tuning (descent) Inductor writes it as a
-    reduction, fused with its neighbours and tuned to the bandwidth (torch/_inductor/decomposition.py, `mm`). combo
-    launches independent kernels as one, where that measures faster. Both cost seconds a kernel, and descent changes no
-    matmul of several rows, so by default (None) only one row gets them. all_directions and pointwise widen the search.
+    At one row a matmul is a matrix-vector product: with coordinate descent tuning Inductor writes it as a reduction,
+    fused with its neighbours and tuned to the bandwidth (torch/_inductor/decomposition.py, `mm`). Combo kernels launch
+    independent kernels as one, where that measures faster. Both cost seconds a kernel, and the first changes no matmul
+    of several rows, so only one row gets them.
     """
-    one = batch == 1
-    descent, combo = one if descent is None else descent, one if combo is None else combo
-    wanted = {
-        "coordinate_descent_tuning": descent,
-        "coordinate_descent_check_all_directions": all_directions,
-        "combo_kernels": combo,
-        "benchmark_combo_kernel": combo,
-        "max_autotune_pointwise": pointwise,
-    }
-    known = set(torch._inductor.list_options()) if any(wanted.values()) else set()
-    return {name: True for name, on in wanted.items() if on and name in known}
+    if batch > 1:
+        return {}
+    wanted = ("coordinate_descent_tuning", "combo_kernels", "benchmark_combo_kernel")
+    return dict.fromkeys(set(wanted) & set(torch._inductor.list_options()), True)
 
 
 def static_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Attention of one new token per row over a static cache.
 
     query [batch, heads, 1, head_dim]; key, value [batch, kv_heads, length, head_dim]; attention_mask additive
-    [batch or 1, 1, 1, length]. Returns [batch, 1, heads, head_dim], None. The heads that share a key head stand as
-    its rows, so that nothing is repeated in memory (transformers' sdpa repeats keys and values as soon as there is a
-    mask).
+    [batch or 1, 1, 1, length]. Returns [batch, 1, heads, head_dim], None. Heads that share a key head stand as its
+    rows: nothing is repeated in memory (transformers' sdpa repeats keys and values as soon as there is a mask).
     """
     for option in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(option) is not None:
@@ -96,8 +81,7 @@ AttentionInterface.register(ATTENTION, static_attention)
 
 
 class LayerCache:
-    """Keys and values [batch, kv_heads, length, head_dim] of one layer; an update writes them at `position`, int64
-    [1]."""
+    """Keys and values [batch, kv_heads, length, head_dim] of one layer; an update writes at `position`, int64 [1]."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor):
         self.keys, self.values, self.position = keys, values, position
@@ -205,9 +189,8 @@ class Decoder:
     """Greedy decoding over a static cache, one `step` a token.
 
     prompt: int64 [batch, tokens]; `new_tokens` counts the one that prefill gives. `repeat_rows` tiles the prompt's
-    rows to that batch after prefill, for batches whose prefill would not fit. options: Inductor's (None:
-    `compile_options`). Raises what the capture or compilation raised, NotImplementedError for a cache without keys
-    and values.
+    rows to that batch after prefill, for batches whose prefill would not fit. Raises what the capture or compilation
+    raised, NotImplementedError for a cache without keys and values.
     """
 
     @torch.no_grad()
@@ -219,7 +202,6 @@ class Decoder:
         captured: bool = False,
         compiled: bool = False,
         repeat_rows: int | None = None,
-        options: dict | None = None,
     ):
         began = time.perf_counter()
         self.model, self.prompt_tokens, self.batch = model, prompt.shape[1], repeat_rows or prompt.shape[0]
@@ -234,11 +216,12 @@ class Decoder:
         self.replaced = []
         if compiled:
             torch._dynamo.reset()
-            self.replaced = _compiled_modules(model, compile_options(self.batch) if options is None else options)
+            self.replaced = _compiled_modules(model, compile_options(self.batch))
         self.graph = None
         self.reset()
         if captured:
-            self._capture()
+            self.graph = _captured(self._advance, prompt.device)
+            self.reset()
         self.build_seconds = time.perf_counter() - began
 
     def _prefill(self, prompt) -> StepCache:
@@ -288,10 +271,6 @@ class Decoder:
         self.ids.copy_(self._choose(self.logits()))
         self.position.add_(1)
 
-    def _capture(self) -> None:
-        self.graph = _captured(self._advance, self.ids.device)
-        self.reset()
-
     def reset(self) -> None:
         """Back to the end of the prompt."""
         self.position.fill_(self.prompt_tokens)
@@ -301,10 +280,11 @@ class Decoder:
 
     def step(self) -> None:
         """One token for every row."""
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self._advance()
+        (self.graph.replay if self.graph else self._advance)()
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
 
     def tokens(self, count: int) -> torch.Tensor:
         """The first `count` greedy tokens, int64 [batch, count] on the CPU."""
@@ -339,12 +319,5 @@ def _captured(work, device: torch.device) -> torch.cuda.CUDAGraph:
 
 @torch.no_grad()
 def captured_prefill(model, ids: torch.Tensor):
-    """A CUDA graph of the eager prefill of `ids` (its kernels, without their launches); the caller replays it.
-
-    The graph holds its keys, values and logits. Raises what the capture raised.
-    """
-
-    def forward():
-        return model(input_ids=ids, use_cache=True, logits_to_keep=1)
-
-    return _captured(forward, ids.device)
+    """A CUDA graph of the eager prefill of `ids` (its kernels, without their launches), to be replayed."""
+    return _captured(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1), ids.device)

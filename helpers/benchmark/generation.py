@@ -5,7 +5,6 @@ tokenizer.
 """
 
 import time
-from typing import NamedTuple
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -13,7 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from helpers.benchmark import decoder, timing
 
 # One sample takes about so long at most, so that slow machines decode fewer tokens.
-SAMPLE_SECONDS = {"cpu": 0.5, "cuda": 0.4}
+SAMPLE_SECONDS = {"cpu": 0.25, "cuda": 0.4}
 LEAST_TOKENS = 5
 
 
@@ -37,14 +36,6 @@ def generate(model, ids: torch.Tensor, new_tokens: int, **options):
     )
 
 
-class Clocked(NamedTuple):
-    """One run of `generate`: ms to the first token, ms per token after it, and the tokens [batch, n] on the CPU."""
-
-    first_ms: float
-    ms_per_token: float
-    tokens: torch.Tensor
-
-
 class _Clock(StoppingCriteria):
     """Never stops; notes the time after each token, so that no two noisy runs are subtracted."""
 
@@ -56,16 +47,16 @@ class _Clock(StoppingCriteria):
         return self.never
 
 
-def clocked(model, ids: torch.Tensor, new_tokens: int) -> Clocked:
-    """Time one `generate`. ms per token is (last - first) / (n - 1)."""
+def clocked(model, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """One `generate`: ms to the first token, and ms per token after it."""
     device = ids.device
     clock = _Clock(device, ids.shape[0])
     timing.synchronize(device)
     start = timing.stamp(device)
-    out = generate(model, ids, new_tokens, stopping_criteria=StoppingCriteriaList([clock]))
+    generate(model, ids, new_tokens, stopping_criteria=StoppingCriteriaList([clock]))
     timing.synchronize(device)
     first, last = clock.stamps[0], clock.stamps[-1]
-    return Clocked(timing.between_ms(start, first), per_token_ms(first, last, new_tokens), out[:, ids.shape[1] :].cpu())
+    return timing.between_ms(start, first), per_token_ms(first, last, new_tokens)
 
 
 def per_token_ms(first, last, tokens: int) -> float:
@@ -81,8 +72,7 @@ def eager_samples(model, ids, sizes) -> tuple[list[float], list[float], int]:
     kind = ids.device.type
     began = time.perf_counter()
     least = max(2, min(LEAST_TOKENS, sizes.decode_tokens))  # decode is the interval between two tokens
-    trial = clocked(model, ids, least)
-    tokens = max(min(sizes.decode_tokens, int(SAMPLE_SECONDS[kind] * 1e3 / trial.ms_per_token)), least)
+    tokens = max(min(sizes.decode_tokens, int(SAMPLE_SECONDS[kind] * 1e3 / clocked(model, ids, least)[1])), least)
     for _ in range(sizes.warmup - 1):
         if time.perf_counter() - began > timing.CELL_SECONDS[kind] / 3:
             break
@@ -92,7 +82,7 @@ def eager_samples(model, ids, sizes) -> tuple[list[float], list[float], int]:
         len(runs) < timing.LEAST_REPEATS or time.perf_counter() - began < timing.CELL_SECONDS[kind]
     ):
         runs.append(clocked(model, ids, tokens))
-    return [r.first_ms for r in runs], [r.ms_per_token for r in runs], tokens
+    return *map(list, zip(*runs, strict=True)), tokens
 
 
 def decoder_samples(running: decoder.Decoder, sizes) -> tuple[list[float], int]:
@@ -101,12 +91,7 @@ def decoder_samples(running: decoder.Decoder, sizes) -> tuple[list[float], int]:
     `decode_tokens` of them, fewer where a sample would take more than SAMPLE_SECONDS: over a static cache every step
     does the same work.
     """
-    device = running.ids.device
-
-    def run(steps: int) -> None:
-        for _ in range(steps):
-            running.step()
-
+    device, run = running.ids.device, running.steps
     least = min(LEAST_TOKENS, sizes.decode_tokens) - 1
     trial = timing.repeat(lambda: run(least), device, repeats=1, warmup=1, before=running.reset)[0] / least
     steps = max(least, min(sizes.decode_tokens - 1, int(SAMPLE_SECONDS[device.type] * 1e3 / trial)))

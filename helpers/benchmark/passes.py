@@ -27,15 +27,7 @@ import torch
 from helpers.benchmark import conditions, decoder, roofline, timing
 from helpers.benchmark.generation import agreement, decoder_samples, eager_samples, first_line, generate, prompt
 from helpers.setup import integrity, models
-from helpers.setup.device import (
-    MB,
-    device_and_dtype,
-    free,
-    kv_cache_bytes_per_token,
-    peak_mb,
-    process_peak_mb,
-    reset_peak,
-)
+from helpers.setup.device import MB, device_and_dtype, free, kv_cache_bytes_per_token, peak_mb, reset_peak
 from helpers.setup.layers import checkpoint_bytes, linear_layers, stored_bytes
 
 # Of the whole measurement: nothing optional is begun after it.
@@ -96,7 +88,11 @@ def attempt(found: dict, what: str):
 
 
 def blank() -> dict:
-    return {part: [] for part in PARTS} | {"modes": {}}
+    return {part: [] for part in PARTS}
+
+
+def _left_out(what: str, reason: str | None) -> dict:
+    return blank() | {"left_out": [{"what": what, "reason": reason}]}
 
 
 @torch.no_grad()
@@ -128,11 +124,7 @@ def load(study, configuration, process: int = 1) -> Bench:
         "checkpoint_mb": (loaded.info.get("checkpoint_bytes") or checkpoint_bytes(model)) / MB,
         "peak_load_mb": peak,
         "peak_reason": no_peak,
-        "peak_prefill_mb": None,
-        "peak_prefill_tokens": None,
-        "peak_decode_mb": None,
-        "kv_cache_bytes_per_token": None,
-        "process_peak_mb": process_peak_mb(),
+        **dict.fromkeys(("peak_prefill_mb", "peak_decode_mb", "kv_cache_bytes_per_token")),
     }
     unmeasured = None
     if configuration.quantization.method != "none" and not loaded.info["packed"]:
@@ -161,29 +153,24 @@ def memory(bench: Bench) -> dict:
         return {"memory": held, "left_out": [{"what": "memory", "reason": bench.unmeasured}]}
     with attempt(found, "keys and values per token"):
         held["kv_cache_bytes_per_token"] = _kv_bytes(model, bench.seed)
-    longest = max(sizes.prefill_tokens)
     with attempt(found, "peak memory of prefill"):
         no_peak = reset_peak(bench.device)
-        model(input_ids=prompt(model, 1, longest, bench.seed), use_cache=True, logits_to_keep=1)
-        held |= {"peak_prefill_mb": None if no_peak else peak_mb(bench.device), "peak_prefill_tokens": longest}
+        model(input_ids=prompt(model, 1, max(sizes.prefill_tokens), bench.seed), use_cache=True, logits_to_keep=1)
+        held["peak_prefill_mb"] = None if no_peak else peak_mb(bench.device)
     with attempt(found, "peak memory of decode"):
         no_peak = reset_peak(bench.device)
         generate(model, prompt(model, 1, sizes.prompt_tokens, bench.seed), min(sizes.decode_tokens, 4))
         held["peak_decode_mb"] = None if no_peak else peak_mb(bench.device)
-    peaks = [held[k] or 0.0 for k in ("peak_load_mb", "peak_prefill_mb", "peak_decode_mb")]
-    held["process_peak_mb"] = max(process_peak_mb(), *(peaks if bench.device.type == "cpu" else [0.0]))
     return {"memory": held, "left_out": found["left_out"]}
 
 
 # ---- prefill ----
 
 
-def prefill_row(mode: str, batch: int, tokens: int, samples_ms: list[float], limit: tuple[float, str]) -> dict:
+def prefill_row(mode: str, batch: int, tokens: int, samples_ms: list[float], limit_ms: float) -> dict:
     row = {"mode": mode, "tokens": tokens, "batch": batch, **timing.summary(samples_ms, "ms")}
-    row["tokens_per_second"] = timing.per_second(batch * tokens, row["median_ms"])
-    row["limit_ms"], row["limit_kind"] = limit
-    row["percent_of_limit"] = timing.percent_of_limit(limit[0], row["median_ms"])
-    return row
+    row["tokens_per_second"] = batch * tokens / row["median_ms"] * 1e3
+    return row | {"limit_ms": limit_ms, "percent_of_limit": 100 * limit_ms / row["median_ms"]}
 
 
 @torch.no_grad()
@@ -191,13 +178,13 @@ def prefill(bench: Bench, progress=print) -> dict:
     """Rows of prefill times at batch 1. "cuda_graph" runs the eager kernels without their launches."""
     model, sizes, found = bench.model, bench.sizes, blank()
     if bench.unmeasured:
-        return _unmeasured(bench, "prefill")
+        return _left_out("prefill", bench.unmeasured)
     for tokens in sizes.prefill_tokens:
         for mode in (m for m in sizes.modes if m != "compile"):
             with attempt(found, f"prefill of {tokens} tokens, {mode}"):
                 ids, graph = prompt(model, 1, tokens, bench.seed), None
                 moved = roofline.step_bytes(model, 1, 0, bench.kv_bytes, tokens)
-                limit = roofline.limit(moved, roofline.operations(model, 1, tokens), bench.hardware)
+                limit = roofline.limit_ms(moved, roofline.operations(model, 1, tokens), bench.hardware)
                 if mode == "cuda_graph":
                     decoder.refuse(model, mode)
                     graph = decoder.captured_prefill(model, ids)
@@ -210,25 +197,20 @@ def prefill(bench: Bench, progress=print) -> dict:
     return found
 
 
-def _unmeasured(bench: Bench, what: str) -> dict:
-    return blank() | {"left_out": [{"what": what, "reason": bench.unmeasured}]}
-
-
 # ---- decode ----
 
 
-def decode_row(mode, batch, prompt_tokens, tokens, samples_ms_per_token, byte_count, hardware) -> dict:
-    """One cell of the decode table. tokens: decoded in one sample. byte_count: that a step must move."""
-    row = {"mode": mode, "batch": batch, "prompt_tokens": prompt_tokens, "tokens_per_sample": tokens}
+def decode_row(mode, batch, prompt_tokens, samples_ms_per_token, byte_count, hardware) -> dict:
+    """One cell of the decode table. byte_count: that a step must move."""
+    row = {"mode": mode, "batch": batch, "prompt_tokens": prompt_tokens}
     row |= timing.summary(samples_ms_per_token, "ms_per_token")
     median = row["median_ms_per_token"]
-    limit = roofline.memory_limit_ms(byte_count, hardware["copy_bandwidth_gb_per_second"])
+    limit = byte_count / hardware["copy_bandwidth_gb_per_second"] / 1e6
     return row | {
-        "tokens_per_second": timing.per_second(batch, median),
-        "bytes_per_step": byte_count,
+        "tokens_per_second": batch / median * 1e3,
         "limit_ms": limit,
         "achieved_gb_per_second": roofline.rate_gb(byte_count, median),
-        "percent_of_limit": timing.percent_of_limit(limit, median),
+        "percent_of_limit": 100 * limit / median,
         "build_seconds": None,
     }
 
@@ -246,15 +228,11 @@ def energy_row(mode: str, batch: int, run, tokens_per_run: int, device, includes
             runs += 1
 
     timing.synchronize(device)
-    watts, counted = conditions.mean_watts(device, work)
+    watts = conditions.mean_watts(work)
     seconds = time.perf_counter() - began
     tokens = runs * tokens_per_run * batch
-    row = {"mode": mode, "batch": batch, "tokens": tokens, "seconds": seconds, "counter_seconds": counted}
-    return row | {
-        "mean_watts": watts,
-        "joules_per_token": watts * seconds / tokens,
-        "includes_prefill": includes_prefill,
-    }
+    row = {"mode": mode, "batch": batch, "tokens": tokens, "seconds": seconds, "mean_watts": watts}
+    return row | {"joules_per_token": watts * seconds / tokens, "includes_prefill": includes_prefill}
 
 
 def cells(bench: Bench) -> list[tuple[int, int]]:
@@ -270,7 +248,7 @@ def decode(bench: Bench, mode: str, progress=print) -> dict:
     """Time per output token in one mode, a row per batch size and context; with energy, agreement with eager and the
     profile of a step, where this mode and cell are chosen for them."""
     if bench.unmeasured:
-        return _unmeasured(bench, f"decode, {mode}")
+        return _left_out(f"decode, {mode}", bench.unmeasured)
     found, expected = blank(), 0.0
     for batch, context in cells(bench):
         what = f"decode at batch {batch}, {context} tokens of context, {mode}"
@@ -290,17 +268,19 @@ def decode(bench: Bench, mode: str, progress=print) -> dict:
             progress(f"{what}: {row['median_ms_per_token']:.3f} ms per token")
         if not found["decode"]:
             break  # what the first cell can't do, none can
-    reason = None if found["decode"] else found["left_out"][0]["reason"]
-    found["modes"][mode] = {"ok": reason is None, "reason": reason}
     return found
 
 
+def _add_row(bench: Bench, mode: str, batch: int, context: int, samples: list[float], tokens: int, found: dict) -> None:
+    count = roofline.step_bytes(bench.model, batch, context + tokens / 2, bench.kv_bytes)
+    found["decode"].append(decode_row(mode, batch, context, samples, count, bench.hardware))
+
+
 def _eager_cell(bench: Bench, mode: str, batch: int, context: int, found: dict) -> None:
-    model, sizes = bench.model, bench.sizes
+    model = bench.model
     ids = prompt(model, batch, context, bench.seed)
-    first_ms, samples, tokens = eager_samples(model, ids, sizes)
-    count = roofline.step_bytes(model, batch, context + tokens / 2, bench.kv_bytes)
-    found["decode"].append(decode_row(mode, batch, context, tokens, samples, count, bench.hardware))
+    first_ms, samples, tokens = eager_samples(model, ids, bench.sizes)
+    _add_row(bench, mode, batch, context, samples, tokens, found)
     first = {"mode": mode, "batch": batch, "prompt_tokens": context, **timing.summary(first_ms, "ms")}
     found["time_to_first_token"].append(first)
     if (batch, context) == cells(bench)[0]:
@@ -321,9 +301,8 @@ def _decoder_cell(bench: Bench, mode: str, batch: int, context: int, found: dict
     running = decoder.Decoder(model, ids, sizes.decode_tokens, captured=True, compiled=mode == "compile")
     try:
         samples, tokens = decoder_samples(running, sizes)
-        count = roofline.step_bytes(model, batch, context + tokens / 2, bench.kv_bytes)
-        row = decode_row(mode, batch, context, tokens, samples, count, bench.hardware)
-        found["decode"].append(row | {"build_seconds": running.build_seconds})
+        _add_row(bench, mode, batch, context, samples, tokens, found)
+        found["decode"][-1]["build_seconds"] = running.build_seconds
         first = (batch, context) == cells(bench)[0]
         # Energy in the fastest mode alone, at one row and at most rows.
         able = [m for m in sizes.modes if decoder.obstacle(model, m) is None]
@@ -331,8 +310,7 @@ def _decoder_cell(bench: Bench, mode: str, batch: int, context: int, found: dict
 
             def run() -> None:
                 running.reset()
-                for _ in range(tokens - 1):
-                    running.step()
+                running.steps(tokens - 1)
 
             _measure_energy(bench, mode, batch, run, tokens - 1, found)
         if first:
@@ -342,7 +320,7 @@ def _decoder_cell(bench: Bench, mode: str, batch: int, context: int, found: dict
             running.reset()
             steps = min(PROFILED_STEPS, sizes.decode_tokens - 1)
             with attempt(found, f"profile, {mode}"):
-                _profile(bench, mode, batch, lambda: [running.step() for _ in range(steps)], steps, found)
+                _profile(bench, mode, batch, lambda: running.steps(steps), steps, found)
     finally:
         running.close()
 
@@ -370,29 +348,17 @@ def result(bench: Bench, memory: dict, parts: list[dict], largest=([], None), in
     largest: what `capacity.largest_batches` returned; int8: `int8_limit.reproduce`'s.
     """
     joined = {name: [row for part in parts for row in part[name]] for name in PARTS}
-    modes = {mode: status for part in parts for mode, status in part["modes"].items()}
-    after = conditions.conditions(bench.device)
-    for mode in decoder.MODES:
-        why = bench.unmeasured or decoder.obstacle(bench.model, mode) or "the study's sizes do not name it"
-        modes.setdefault(mode, {"ok": False, "reason": why})
+    reason = [{"what": "largest batch", "reason": largest[1]}] if largest[1] else []
     return {
-        "device": bench.device.type,
         "dtype": bench.loaded.info["dtype"],
         "loading": bench.loaded.info,
         **memory,
         **joined,
-        "left_out": memory["left_out"] + joined["left_out"],
+        "left_out": memory["left_out"] + joined["left_out"] + reason,
         "energy": {"rows": joined["energy"], "reason": bench.unmeasured or conditions.energy_reason(bench.device)},
-        "modes": modes,
         "hardware": bench.hardware,
         "largest_batch": largest[0],
-        "largest_batch_reason": largest[1],
         "int8_limit": int8,
-        "conditions": {
-            "before": bench.before,
-            "after": after,
-            "warnings": conditions.warnings(bench.before, after),
-        },
-        "sizes": bench.sizes.model_dump(),
+        "conditions": {"warnings": conditions.warnings(bench.before, conditions.conditions(bench.device))},
         "measure_seconds": time.perf_counter() - bench.began,
     }

@@ -43,17 +43,13 @@ LAUNCHES = "launches and gaps between kernels"
 
 
 def bandwidth_and_rate(device: torch.device, dtype: torch.dtype) -> dict:
-    """What this device reaches here and now: copying a large tensor, and multiplying two large matrices of `dtype`.
-
-    Returns name, copy_bandwidth_gb_per_second (read and write counted), matmul_tflops, matmul_dtype.
-    """
+    """schema_benchmark.Hardware: copying a large tensor, and multiplying two large matrices of `dtype`."""
     copied, side = (2**30, 8192) if device.type == "cuda" else (2**27, 1024)
     copy, multiply = _copy_samples(copied, device), _matmul_samples(side, device, dtype)
     return {
         "name": conditions.name(device),
         "copy_bandwidth_gb_per_second": rate_gb(2 * copied, timing.summary(copy, "ms")["median_ms"]),
-        "matmul_tflops": rate_tflops(2 * side**3, timing.summary(multiply, "ms")["median_ms"]),
-        "matmul_dtype": str(dtype).removeprefix("torch."),
+        "matmul_tflops": 2 * side**3 / timing.summary(multiply, "ms")["median_ms"] / 1e9,
     }
 
 
@@ -73,26 +69,11 @@ def rate_gb(count: float, ms: float) -> float:
     return count / ms / 1e6
 
 
-def rate_tflops(count: float, ms: float) -> float:
-    """TFLOPS of `count` operations in `ms`."""
-    return count / ms / 1e9
-
-
-def memory_limit_ms(count: float, gb_per_second: float) -> float:
-    """Least time (ms) to move `count` bytes."""
-    return count / gb_per_second / 1e6
-
-
-def compute_limit_ms(count: float, tflops: float) -> float:
-    """Least time (ms) for `count` operations."""
-    return count / tflops / 1e9
-
-
-def limit(byte_count: float, operations: float, hardware: dict) -> tuple[float, str]:
-    """The later of both limits (ms), and which it is: "memory" or "compute"."""
-    moving = memory_limit_ms(byte_count, hardware["copy_bandwidth_gb_per_second"])
-    computing = compute_limit_ms(operations, hardware["matmul_tflops"])
-    return (moving, "memory") if moving >= computing else (computing, "compute")
+def limit_ms(byte_count: float, operations: float, hardware: dict) -> float:
+    """Least time (ms): the later of both limits, moving the bytes and doing the operations."""
+    return max(
+        byte_count / hardware["copy_bandwidth_gb_per_second"] / 1e6, operations / hardware["matmul_tflops"] / 1e9
+    )
 
 
 def weight_bytes(model) -> int:
@@ -109,9 +90,7 @@ def weight_bytes(model) -> int:
 def step_bytes(model, batch: int, context: float, kv_bytes_per_token: float | None, tokens: int = 1) -> int:
     """Bytes that one pass over `tokens` new tokens per row must move: weights once, an embedding row per token,
     `context` cached tokens per row read, the new ones written. Of experts (MoE), those that so many tokens can meet.
-
-    kv_bytes_per_token: None for a cache of another kind, whose bytes are not counted.
-    """
+    Keys and values of another kind of cache (None) are not counted."""
     embedding = model.get_input_embeddings().weight
     rows = batch * tokens * embedding.shape[1] * embedding.element_size()
     idle = sum(w.bytes * max(0.0, 1 - batch * tokens * w.share) for w in _expert_weights(model))
@@ -195,32 +174,21 @@ def matmul_bytes(model) -> dict[str, int]:
     widened = any(hasattr(getattr(m, "weight", None), "__tensor_flatten__") for m in layers.values())
     if widened or not layers:
         return {}
-    packed, plain = 0, 0
+    head, found = model.get_output_embeddings(), {PACKED_MATMUL: 0, MATMUL: 0}
     for module in layers.values():
-        size = sum(stored_bytes(module).values())
-        if stored_dtype(module).startswith(("uint8", "int4")):
-            packed += size
-        else:
-            plain += size
-    head = model.get_output_embeddings()
-    return {PACKED_MATMUL: packed, MATMUL: plain + (head.weight.nbytes if head is not None else 0)}
+        kind = PACKED_MATMUL if stored_dtype(module).startswith(("uint8", "int4")) else MATMUL
+        found[kind] += sum(stored_bytes(module).values())
+    found[MATMUL] += head.weight.nbytes if head is not None else 0
+    return found
 
 
 def classify(name: str, table: list[tuple[str, str]]) -> str:
-    for what, pattern in table:
-        if re.search(pattern, name, re.IGNORECASE):
-            return what
-    return "other"
+    return next((what for what, pattern in table if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
-def shares(
-    kernels: list[tuple[str, float, float]],
-    table: list[tuple[str, str]],
-    wall_ms: float | None = None,
-    read: dict[str, int] | None = None,
-) -> list[dict]:
-    """Rows {what, ms_per_step, share, kernels, gb_per_second}, largest first, that add up to the step: to `wall_ms`
-    where it is given and longer than the kernels together (the rest is LAUNCHES), else to their sum.
+def shares(kernels: list[tuple[str, float, float]], table, wall_ms: float | None = None, read=None) -> list[dict]:
+    """schema_benchmark.Profile's rows, largest first, that add up to the step: to `wall_ms` where it is longer than the
+    kernels together (the rest is LAUNCHES), else to their sum.
 
     kernels: (name, ms, count) per step. read: bytes that the kernels of a kind read, for their speed (None: unknown).
     """
@@ -249,13 +217,7 @@ def shares(
     ]
 
 
-def profile(
-    function,
-    device: torch.device,
-    wall_ms: float | None = None,
-    steps: int = 1,
-    read: dict[str, int] | None = None,
-) -> list[dict]:
+def profile(function, device: torch.device, wall_ms: float | None = None, steps: int = 1, read=None) -> list[dict]:
     """Where one step's time goes: rows as in `shares`. Raises RuntimeError where the profiler can't be used.
 
     function: runs `steps` steps. wall_ms: time of one step without the profiler, whose own cost would otherwise count

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 LEAST_REPEATS = 3
-CELL_SECONDS = {"cpu": 2.0, "cuda": 1.5}  # for one cell of a table, LEAST_REPEATS aside
+CELL_SECONDS = {"cpu": 1.0, "cuda": 1.5}  # for one cell of a table, LEAST_REPEATS aside
 DRIFT = 1.2
 
 
@@ -55,11 +55,10 @@ def repeat(
     seconds: float = float("inf"),
     before: Callable = lambda: None,
 ) -> list[float]:
-    """Samples (ms) of `function`, after `warmup` unrecorded calls of the same path. `before` precedes every call,
-    untimed.
+    """Samples (ms) after `warmup` unrecorded calls of the same path. `before` precedes every call, untimed.
 
     A slow cell stops early: no further warm-up after a third of `seconds`, no further sample once `seconds` are over,
-    but LEAST_REPEATS samples are always taken. n travels with the summary.
+    but LEAST_REPEATS samples are always taken.
     """
     began = time.perf_counter()
     for _ in range(warmup):
@@ -75,11 +74,8 @@ def repeat(
 
 
 def settled(samples: list[float]) -> list[float]:
-    """Samples without a drifting start: from the front, what is over DRIFT times the median of the later half is
-    dropped.
-
-    At most half of them, and never below LEAST_REPEATS: where nothing settles, nothing is hidden.
-    """
+    """Samples without a drifting start: from the front, those over DRIFT times the median of the later half are
+    dropped, at most half, and never below LEAST_REPEATS: where nothing settles, nothing is hidden."""
     later = float(np.median(samples[len(samples) // 2 :]))
     at_most = max(0, min(len(samples) // 2, len(samples) - LEAST_REPEATS))
     dropped = 0
@@ -89,25 +85,8 @@ def settled(samples: list[float]) -> list[float]:
 
 
 def summary(samples: list[float], unit: str) -> dict:
-    """Median and quartiles of the settled samples, named by `unit`; n of them, how many were dropped, and all
-    samples."""
+    """Median and quartiles of the settled samples, n of them, how many were dropped, and all samples; by `unit`."""
     kept = settled(samples)
-    q25, median, q75 = np.percentile(kept, [25, 50, 75])
-    return {
-        f"median_{unit}": float(median),
-        f"q25_{unit}": float(q25),
-        f"q75_{unit}": float(q75),
-        "n": len(kept),
-        "dropped": len(samples) - len(kept),
-        f"samples_{unit}": [float(s) for s in samples],
-    }
-
-
-def per_second(count: float, ms: float) -> float:
-    """`count` things in `ms` milliseconds, as a rate."""
-    return count / ms * 1e3
-
-
-def percent_of_limit(limit_ms: float, ms: float) -> float:
-    """How much of the attainable speed was reached: 100 is the limit itself."""
-    return limit_ms / ms * 100
+    q25, median, q75 = map(float, np.percentile(kept, [25, 50, 75]))
+    found = {f"median_{unit}": median, f"q25_{unit}": q25, f"q75_{unit}": q75, "n": len(kept)}
+    return found | {"dropped": len(samples) - len(kept), f"samples_{unit}": [float(s) for s in samples]}

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from bitsandbytes import functional
+from scipy.special import ndtr
 
 BINS = 2**14
 LEVELS = 16
@@ -37,8 +38,7 @@ class Density(NamedTuple):
 
 
 def normalized(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x = w / absmax of its block, flat (n,), and the absmax of each weight's block (n,), float32; blocks as
-    bitsandbytes takes them."""
+    """x = w / absmax of its block (as bitsandbytes takes them), and the absmax of each weight's block, (n,) float32."""
     flat = weight.detach().reshape(-1).float()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
@@ -54,29 +54,21 @@ def density(x: torch.Tensor, weights: torch.Tensor) -> Density:
     return Density(*sums)
 
 
-def _phi(z: np.ndarray) -> np.ndarray:
-    from scipy.special import ndtr
-
-    return ndtr(z)
-
-
 def gaussian_blocks(block_size: int, by_square: bool = True, nodes: int = 400) -> Density:
-    """The density of z / max|z| for blocks of `block_size` independent Gaussian z, total mass 1, by quadrature over the
-    maximum m.
+    """The density of z / max|z| for blocks of independent Gaussian z, total mass 1, by quadrature over the maximum m.
 
-    Given m, one of the block's values is -1 or 1 and the others are Gaussians cut off at m. `by_square` weighs with m^2
-    as above.
+    Given m, one of the block's values is -1 or 1, the others are Gaussians cut off at m. `by_square` weighs with m^2.
     """
     grid, steps = np.polynomial.legendre.leggauss(nodes)
     m, steps = 4.5 * (grid + 1), 4.5 * steps  # m from 0 to 9
-    inside = 2 * _phi(m) - 1
+    inside = 2 * ndtr(m) - 1
     p = steps * block_size * 2 * np.exp(-(m**2) / 2) / math.sqrt(2 * math.pi) * inside ** (block_size - 1)
     p = p * (m**2 if by_square else 1)
     p /= p.sum()
     keep = p > 1e-16
     m, inside, p = m[keep], inside[keep], p[keep]
     edges = np.linspace(-1, 1, BINS + 1)
-    cumulative = sum(pi * _phi(mi * edges) / zi for mi, zi, pi in zip(m, inside, p, strict=True))
+    cumulative = sum(pi * ndtr(mi * edges) / zi for mi, zi, pi in zip(m, inside, p, strict=True))
     mass = np.diff(cumulative) * (1 - 1 / block_size)
     centre = (edges[1:] + edges[:-1]) / 2
     sums = [mass, mass * centre, mass * (centre**2 + (edges[1] - edges[0]) ** 2 / 12)]
@@ -118,8 +110,7 @@ def lloyd_max(distribution: Density, start: torch.Tensor, steps: int = 5000) -> 
     """The codebook (..., 16) that minimizes the relative squared error, and that error (...).
 
     Lloyd's iteration: every level moves to the mean of what is rounded to it, until none moves by more than 1e-7. Never
-    worse than `start` (16,); for a log-concave density (a Gaussian) the fixed point is the global optimum, for others a
-    local one.
+    worse than `start` (16,); the global optimum for a log-concave density (a Gaussian), for others a local one.
     """
     cumulative = _cumulative(distribution)
     levels = start.to(distribution.mass).sort().values.expand(*distribution.mass.shape[:-1], -1).contiguous()
@@ -134,18 +125,16 @@ def lloyd_max(distribution: Density, start: torch.Tensor, steps: int = 5000) -> 
 
 
 def library(name: str) -> list[float]:
-    """bitsandbytes' own codebook of `nf4` or `fp4`: 16 values, in order of size. FP4 has a zero of either sign."""
+    """bitsandbytes' codebook of `nf4` or `fp4`, in order of size. FP4 has a zero of either sign."""
     return sorted(functional.get_4bit_type(name, device="cpu").tolist())
 
 
 def uniform() -> list[float]:
-    """Sixteen evenly spaced levels from -1 to 1."""
     return torch.linspace(-1, 1, LEVELS, dtype=torch.float64).tolist()
 
 
 def describe(levels: list[float]) -> dict:
-    """levels (sorted), distinct (their number), largest_gap_over_smallest (between different levels), uniform (the
-    ratio is below 1.01)."""
+    """schema.Codebook of 16 levels."""
     different = np.unique(np.asarray(levels) + 0.0)
     gaps = np.diff(different)
     ratio = float(gaps.max() / gaps.min())
@@ -158,7 +147,7 @@ def describe(levels: list[float]) -> dict:
 
 
 def round_to(weight: torch.Tensor, levels: torch.Tensor, block_size: int) -> torch.Tensor:
-    """The weight, each value rounded to the nearest level of its block's absmax; for one's own codebooks."""
+    """The weight, each value rounded to the nearest level of its block's absmax."""
     x, absmax = normalized(weight, block_size)
     levels = torch.as_tensor(levels, device=x.device, dtype=torch.float32).sort().values
     return (levels[torch.bucketize(x, _midpoints(levels))] * absmax).view(weight.shape).to(weight.dtype)

@@ -43,7 +43,6 @@ from helpers.fidelity.texts import (
 from helpers.params import Configuration, Full, Study
 from helpers.setup import models
 from helpers.setup.device import free
-from helpers.setup.layers import repacked
 
 GROUPS = ("story", "answers")
 QUANTILES = {"median": 0.5, "p99": 0.99}
@@ -66,12 +65,12 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
     clock("loading")
     texts, left_out = encode(dialogues, full.tokenizer, token_limit(full.model))
     check_head(full.model, texts[0])
-    itself, dtype, device = configuration.quantization.method == "none", full.info["dtype"], full.info["device"]
+    itself, dtype = configuration.quantization.method == "none", full.info["dtype"]
     file = getattr(study.fidelity, "text", None)
     parts = or_reason(windows, file, full.tokenizer, token_limit(full.model)) if file else []
-    some = parts[: WINDOWS[device]] if isinstance(parts, list) else []
-    before, cached = reference(study, full, texts, "dialogues")
-    before_some = reference(study, full, some, "text")[0] if some else []
+    some = parts[: WINDOWS[full.info["device"]]] if isinstance(parts, list) else []
+    before = reference(study, full, texts, "dialogues")
+    before_some = reference(study, full, some, "text") if some else []
     clock("reading")
     model, head, own = full.model, full.model.get_output_embeddings(), None
     floor = or_reason(noise_floor, model, texts, before, study.seed) if itself else None
@@ -83,8 +82,8 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
         free()
         model = models.load(study, configuration).model
         clock("loading")
-        reason = {"reason": "the two models did not fit side by side"}
-        own = or_reason(formats.own_error, full.model, model, configuration) if beside else reason
+        own = {"reason": "the two models did not fit side by side"}
+        own = or_reason(formats.own_error, full.model, model, configuration) if beside else own
         full = None
         clock("weights")
     same = before if itself else None
@@ -97,8 +96,7 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
         parts = file_summary(some, rows, len(parts), options) if isinstance(rows, list) else rows
     return found | {
         "left_out": left_out,
-        "baseline": {"dtype": dtype, "device": device, "from_cache": cached},
-        "arithmetic": _arithmetic(dtype, model),
+        "baseline": {"dtype": dtype},
         "weights": None if itself else {"formats": {configuration.configuration: own}},
         "floor": floor,
         "text": parts or None,
@@ -128,12 +126,6 @@ def fits_beside(model) -> bool:
     return room > model.get_memory_footprint() + SPARE_BYTES
 
 
-def _arithmetic(dtype: str, model) -> str:
-    if any(map(repacked, model.modules())):
-        return f"{dtype}; inside the 4-bit layers bfloat16, to which bitsandbytes repacks them on this CPU"
-    return dtype
-
-
 class _Clock:
     """Adds the seconds since the last call to a named sum."""
 
@@ -148,8 +140,8 @@ class _Clock:
         self.last = now
 
 
-def reference(study: Study, full, texts: list[Text], part: str) -> tuple[list[torch.Tensor], bool]:
-    """Full precision's hidden states before each text's scored tokens, in order, and whether they came from .cache.
+def reference(study: Study, full, texts: list[Text], part: str) -> list[torch.Tensor]:
+    """Full precision's hidden states before each text's scored tokens, in order; kept under .cache.
 
     The file's name holds a checksum over the weights' files, dtype, device, versions and tokens; `part` names what was
     read. A file of other tokens or weights is replaced.
@@ -163,7 +155,7 @@ def reference(study: Study, full, texts: list[Text], part: str) -> tuple[list[to
     path = CACHE / "fidelity" / f"{name}-{digest.hexdigest()[:16]}.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
-            return [file.get_tensor(str(i)).to(full.model.device) for i in range(len(texts))], True
+            return [file.get_tensor(str(i)).to(full.model.device) for i in range(len(texts))]
     except (OSError, SafetensorError):  # not there, or not whole
         states = [hidden_states(full.model, [text])[0] for text in texts]
     try:
@@ -173,15 +165,13 @@ def reference(study: Study, full, texts: list[Text], part: str) -> tuple[list[to
             old.unlink(missing_ok=True)
     except (StudyError, SafetensorError):  # a full disk only costs time
         pass
-    return states, False
+    return states
 
 
 def position_metrics(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
     """From logits (n, vocabulary) and the tokens that follow (n,), per position: kl, nll_full and nll (nats), agreement
     (0 or 1), change (of the following token's probability), confidence (largest probability in full precision).
-
-    In float64: in float32 a sum over a vocabulary is wrong by 1e-7, which is above the noise floor.
-    """
+    In float64: in float32 a sum over a vocabulary is wrong by 1e-7, which is above the noise floor."""
     parts = []
     for p, q, at in zip(*(x.split(ROWS[full.device.type]) for x in (full, other, targets[:, None])), strict=True):
         p, q = p.double(), q.double()
@@ -224,8 +214,7 @@ def _compare_all(texts, before, full_head, model, states, clock, progress) -> li
 
 
 def noise_floor(model, texts: list[Text], before: list[torch.Tensor], seed: int) -> list[dict]:
-    """What no difference amounts to: rows of kind, detail, dialogues, tokens, kl, kl_median, kl_p99, kl_max (nats),
-    agreement, ln_ratio. kind `batch shape`: read in padded batches; `weight rounding`: `perturb.rounding`."""
+    """What no difference amounts to: schema.Floor of padded batches, and of `perturb.rounding`."""
     texts, head = texts[: FLOOR_DIALOGUES[model.device.type]], model.get_output_embeddings()
 
     def row(kind: str, detail: str, size: int) -> dict:
@@ -250,14 +239,12 @@ def summarize(texts: list[Text], rows: list[dict[str, np.ndarray]], options: dic
     """Each text's `position_metrics` summed up: tokens to per_question of schema.Fidelity. Intervals resample
     dialogues."""
     turns = [text.turn[scored(text)] for text in texts]
-    masks = [{"story": turn == 0, "answers": turn > 0, "all": turn >= 0} for turn in turns]
-    sums = {
-        group: [_sums(row, mask[group]) for row, mask in zip(rows, masks, strict=True)] for group in (*GROUPS, "all")
-    }
+    groups = {"story": lambda turn: turn == 0, "answers": lambda turn: turn > 0, "all": lambda turn: turn >= 0}
+    sums = {name: [_sums(row, of(turn)) for row, turn in zip(rows, turns, strict=True)] for name, of in groups.items()}
     names = [f"{text.data_set}/{text.id}" for text in texts]
     owner, turn = np.repeat(np.arange(len(texts)), [len(t) for t in turns]), np.concatenate(turns)
     value = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    by_group = {g: kl_summary(value["kl"][m], owner[m], options) for g, m in zip(GROUPS, (turn == 0, turn > 0))}
+    by_group = {g: kl_summary(value["kl"][groups[g](turn)], owner[groups[g](turn)], options) for g in GROUPS}
     kl = kl_summary(value["kl"], owner, options)
     return {
         "tokens": int(owner.size),
@@ -265,8 +252,8 @@ def summarize(texts: list[Text], rows: list[dict[str, np.ndarray]], options: dic
         "perplexity": {group: _perplexity(names, found, options) for group, found in sums.items()},
         "kl": kl | {"by_group": by_group, "by_confidence": by_confidence(value)},
         "agreement": float(value["agreement"].mean()),
-        "agreement_interval": _mean_interval(value["agreement"], owner, options),
-        "correct_token": _change(value["change"], owner, options),
+        "agreement_interval": _limits(statistics.interval(value["agreement"], owner, **options)),
+        "correct_token": {"mean": float(value["change"].mean()), "rms": float(np.sqrt((value["change"] ** 2).mean()))},
         "per_dialogue": [
             {"id": text.id, "data_set": text.data_set} | {group: sums[group][i] for group in GROUPS}
             for i, text in enumerate(texts)
@@ -308,17 +295,13 @@ def _perplexity(names: list[str], sums: list[dict], options: dict) -> dict:
 
 
 def kl_summary(kl: np.ndarray, owner: np.ndarray, options: dict) -> dict:
-    """mean, median, p99, max (nats) of KL divergences (n,), and intervals of all but the maximum, of which a bootstrap
-    says nothing; owner (n,): each one's dialogue. None for all without any."""
+    """schema.Divergence of KL (n,); owner (n,): each one's dialogue. A bootstrap says nothing of the maximum."""
     if not kl.size:
         return dict.fromkeys(("mean", *QUANTILES, "max", "intervals"))
     rows = dict(zip(QUANTILES, ranks.quantiles(kl, owner, list(QUANTILES.values()), **options), strict=True))
-    intervals = {"mean": statistics.interval(kl, owner, **options)} | rows
-    return (
-        {"mean": float(kl.mean())}
-        | {name: row["quantile"] for name, row in rows.items()}
-        | {"max": float(kl.max()), "intervals": {name: _limits(row) for name, row in intervals.items()}}
-    )
+    found = {"mean": float(kl.mean()), "max": float(kl.max())} | {name: r["quantile"] for name, r in rows.items()}
+    rows["mean"] = statistics.interval(kl, owner, **options)
+    return found | {"intervals": {name: _limits(row) for name, row in rows.items()}}
 
 
 def by_confidence(value: dict[str, np.ndarray]) -> list[dict]:
@@ -331,18 +314,6 @@ def by_confidence(value: dict[str, np.ndarray]) -> list[dict]:
         means = {key: float(value[key][mine].mean()) if mine.any() else None for key in ("kl", "agreement")}
         rows.append({"low": low, "high": high, "count": int(mine.sum())} | means)
     return rows
-
-
-def _change(change: np.ndarray, owner: np.ndarray, options: dict) -> dict:
-    square = _mean_interval(change**2, owner, options)
-    rms = {key: None if square[key] is None else float(np.sqrt(max(0, square[key]))) for key in ("ci_low", "ci_high")}
-    intervals = {"mean": _mean_interval(change, owner, options), "rms": rms | {"reason": square["reason"]}}
-    found = {"mean": float(change.mean()), "rms": float(np.sqrt((change**2).mean()))}
-    return found | {f"p{p}": float(np.percentile(change, p)) for p in (5, 50, 95)} | {"intervals": intervals}
-
-
-def _mean_interval(values: np.ndarray, owner: np.ndarray, options: dict) -> dict:
-    return _limits(statistics.interval(values, owner, **options))
 
 
 def _limits(row: dict) -> dict:

@@ -15,7 +15,6 @@ blocks:
 Are the weights Gaussian? Per layer, of x = w / absmax in blocks of 64: `excess_kurtosis`, the kurtosis of x less that
 of a Gaussian in the same blocks, and `ks_distance`, the largest difference between the distribution functions of x and
 of that Gaussian (Kolmogorov-Smirnov). A distance and no test, because with a million weights every test rejects.
-`ks_chance` is its mean for as many independent Gaussian weights; `ks_curve` says how many layers are how close.
 
 Weights that were quantized before (the embedded model's: Q4_1, 16 values in a block of 32) stand on a few values a
 block: `distinct_values_per_block` shows it. Their distances and errors are then those of a grid, not of trained
@@ -37,15 +36,13 @@ from helpers.setup.layers import dequantize, linear_layers, stored_dtype
 
 BLOCK_SIZE = 64
 FIGURE_BINS = 128
-SHARE = {"cpu": 0.25, "cuda": 1.0}  # of every layer's weights, for the effect of block size
+SHARE = {"cpu": 0.125, "cuda": 1.0}  # of every layer's weights, for the effect of block size
 STORED = {"nf4": "uint8, two weights each", "fp4": "uint8, two weights each", "int8": "int8"}  # by bitsandbytes
 OWN = ("lloyd_max", "gaussian_lloyd_max", "uniform")
-KS_GRID = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 
 
-def round_trips(weight: torch.Tensor, name: str, block_size: int = BLOCK_SIZE) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight quantized by bitsandbytes as `nf4` or `fp4` and dequantized: with exact scales, and with scales
-    quantized in turn (double quantization).
+def round_trip(weight: torch.Tensor, name: str, block_size: int = BLOCK_SIZE, double: bool = False) -> torch.Tensor:
+    """A weight quantized by bitsandbytes as `nf4` or `fp4` and dequantized; double: with scales quantized in turn.
 
     It goes in as one row padded to whole blocks, the blocks that it has as a matrix: bitsandbytes 0.50.2's AVX512
     kernel dequantizes a matrix wrongly if the block size does not divide its row length (576 and 128: ten times the
@@ -53,15 +50,8 @@ def round_trips(weight: torch.Tensor, name: str, block_size: int = BLOCK_SIZE) -
     """
     flat = weight.detach().reshape(-1)
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size))
-    packed, state = functional.quantize_4bit(padded, blocksize=block_size, quant_type=name)
-
-    def back() -> torch.Tensor:
-        return functional.dequantize_4bit(packed, state).reshape(-1)[: flat.numel()].view(weight.shape)
-
-    exact, offset = back(), state.absmax.mean()
-    scales, nested = functional.quantize_blockwise(state.absmax - offset, blocksize=256)  # as quantize_4bit does it
-    state.absmax = functional.dequantize_blockwise(scales, nested).float() + offset
-    return exact, back()
+    packed, state = functional.quantize_4bit(padded, blocksize=block_size, quant_type=name, compress_statistics=double)
+    return functional.dequantize_4bit(packed, state).reshape(-1)[: flat.numel()].view(weight.shape)
 
 
 def round_trip_int8(weight: torch.Tensor) -> torch.Tensor:
@@ -71,8 +61,7 @@ def round_trip_int8(weight: torch.Tensor) -> torch.Tensor:
 
 
 def round_trip_asymmetric(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> torch.Tensor:
-    """A weight rounded to 16 evenly spaced levels from the smallest to the largest of its block (exact scale and
-    zero)."""
+    """A weight rounded to 16 evenly spaced levels from its block's smallest to its largest (exact scale and zero)."""
     flat = weight.detach().reshape(-1).float()
     blocks = torch.cat([flat, flat[-1:].expand(-flat.numel() % block_size)]).view(-1, block_size)
     low = blocks.amin(dim=1, keepdim=True)
@@ -89,25 +78,12 @@ def squared_size(weight: torch.Tensor) -> float:
     return weight.float().square().sum(dtype=torch.float64).item()
 
 
-def sqnr_db(relative_squared_error: float) -> float | None:
-    """Signal to quantization noise in decibels; none where there is no error."""
-    return -10 * math.log10(relative_squared_error) if relative_squared_error > 0 else None
-
-
-def bits_per_weight(block_size: int, double_quant: bool) -> float:
-    """Four bits and a share of the block's scale: float32, or 8 bits and a float32 for 256 scales (Dettmers et al.
-    2023, section 3). The asymmetric grid's two numbers count as 16 bits each, as in tinygemm."""
-    return 4 + (8 + 32 / 256 if double_quant else 32) / block_size
-
-
-def _format(error: float, size: float, **more) -> dict:
-    relative = error / size
-    return {"relative_squared_error": relative, "sqnr_db": sqnr_db(relative)} | more
+def _format(error: float, dtype: str | None) -> dict:
+    return {"relative_squared_error": error, "sqnr_db": -10 * math.log10(error) if error else None, "dtype": dtype}
 
 
 def own_error(full_model, model, configuration: Configuration) -> dict:
-    """What a quantized model's weights lost against full precision's: schema.FormatError. Raises StudyError if there is
-    nothing to compare."""
+    """What a quantized model's weights lost: schema.FormatError. Raises StudyError if there is nothing to compare."""
     if configuration.quantization.method == "awq":
         raise StudyError("AWQ moves scales into neighbouring layers: not comparable")
     total, size, stored = 0.0, 0.0, set()
@@ -119,7 +95,7 @@ def own_error(full_model, model, configuration: Configuration) -> dict:
         stored.add(stored_dtype(module))
     if not size:
         raise StudyError(f"{type(model).__name__} has no linear layers besides its output layer")
-    return _format(total, size, dtype=", ".join(sorted(stored)))
+    return _format(total / size, dtype=", ".join(sorted(stored)))
 
 
 def kind_and_depth(name: str) -> tuple[str, int | None]:
@@ -135,13 +111,11 @@ def excess_kurtosis(values: torch.Tensor) -> float:
     return (square.square().mean() / square.mean() ** 2).item() - 3
 
 
-def _density_kurtosis(distribution: codebooks.Density) -> float:
-    """Excess kurtosis of a symmetric density, from its bins' centres."""
+def _density_kurtosis(mass: torch.Tensor) -> float:
+    """Excess kurtosis of a symmetric density of total mass 1, from its bins' centres."""
     centre = (torch.arange(codebooks.BINS, dtype=torch.float64) + 0.5) * (2 / codebooks.BINS) - 1
     centre[0], centre[-1] = -1, 1  # hold the atoms
-    return (
-        (distribution.mass * centre**4).sum() / (distribution.mass * centre**2).sum() ** 2 * distribution.mass.sum()
-    ).item() - 3
+    return ((mass * centre**4).sum() / (mass * centre**2).sum() ** 2).item() - 3
 
 
 def ks_distance(counts: torch.Tensor, reference: torch.Tensor) -> float:
@@ -160,8 +134,8 @@ def distinct_values_per_block(weight: torch.Tensor, block_size: int = BLOCK_SIZE
 def analyse(model, block_sizes: list[int], progress=None) -> dict:
     """Errors, codebooks and shape of a full-precision model's linear layers: schema.WeightErrors.
 
-    All at a block size of 64 but the sweep `block_sizes`, which takes the first `block_sizes_share` of every layer (a
-    CPU a quarter). Raises StudyError if the model has no linear layers besides its output layer.
+    All at a block size of 64 but the sweep `block_sizes`, which takes the first SHARE of every layer. Raises StudyError
+    if the model has no linear layers besides its output layer.
     """
     start, layers = time.perf_counter(), linear_layers(model)
     if not layers:
@@ -169,10 +143,14 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
     rows, counts = _shapes(layers)
     whole = {name: m.weight.detach() for name, m in layers.items()}
     at_64 = _one_block_size(whole, BLOCK_SIZE)
+    levels = at_64["levels"] | {"lloyd_max": _best(at_64["together"], at_64["levels"])[0].tolist()}
     share = SHARE[next(iter(whole.values())).device.type]
     parts, table = {name: _beginning(weight, share) for name, weight in whole.items()}, []
     for size in sorted(set(block_sizes)):
-        table += _one_block_size(parts, size)["rows"]
+        # Four bits and a float32 scale a block; the asymmetric grid's two numbers count as 16 bits each (tinygemm).
+        shape = {"block_size": size, "bits_per_weight": 4 + 32 / size}
+        for kind, error in _one_block_size(parts, size)["whole"].items():
+            table.append({"format": kind} | shape | {"relative_squared_error": error, "ppl": None, "ln_ratio": None})
         if progress:
             progress(f"weights in blocks of {size}: done")
     for row in rows:
@@ -180,29 +158,18 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
     gaussian = codebooks.gaussian_blocks(BLOCK_SIZE, by_square=False)
     edges = torch.linspace(-1, 1, FIGURE_BINS + 1, dtype=torch.float64)
     return {
-        "block_size": BLOCK_SIZE,
-        "codebooks": {name: codebooks.describe(levels) for name, levels in at_64["levels"].items()},
-        "formats": at_64["formats"],
+        "codebooks": {name: codebooks.describe(book) for name, book in levels.items()},
+        "formats": {kind: _format(error, dtype=STORED.get(kind)) for kind, error in at_64["whole"].items()},
         "layers": rows,
-        "ks_curve": ks_curve(rows),
-        "block_sizes": [row | {"ppl": None, "ln_ratio": None} for row in table],  # `perturb.block_sizes` fills them in
-        "block_sizes_share": share,
+        "block_sizes": table,  # `perturb.block_sizes` fills ppl and ln_ratio in
         "block_sizes_read": {"reason": "not read yet"},
         "histogram": {
             "edges": edges.tolist(),
             "density": _figure_density(counts),
             "gaussian_density": _figure_density(gaussian.mass),
         },
-        "gaussian": at_64["gaussian"] | {"excess_kurtosis": _density_kurtosis(gaussian)},
         "seconds": time.perf_counter() - start,
     }
-
-
-def ks_curve(rows: list[dict]) -> list[dict]:
-    """Rows of at_most (KS distance), and the share of layers and of weights that are no further from a Gaussian."""
-    count = sum(row["weights"] for row in rows)
-    near = {cut: [row["weights"] for row in rows if row["ks_distance"] <= cut] for cut in KS_GRID}
-    return [{"at_most": cut, "layers": len(n) / len(rows), "weights": sum(n) / count} for cut, n in near.items()]
 
 
 def _figure_density(mass: torch.Tensor) -> list[float]:
@@ -213,7 +180,7 @@ def _figure_density(mass: torch.Tensor) -> list[float]:
 def _shapes(layers: dict) -> tuple[list[dict], torch.Tensor]:
     """Rows on the form of each layer's distribution, and the counts (BINS,) of all x."""
     gaussian = codebooks.gaussian_blocks(BLOCK_SIZE, by_square=False)
-    base, rows, total = _density_kurtosis(gaussian), [], torch.zeros(codebooks.BINS, dtype=torch.float64)
+    base, rows, total = _density_kurtosis(gaussian.mass), [], torch.zeros(codebooks.BINS, dtype=torch.float64)
     for name, module in layers.items():
         weight = module.weight.detach()
         x, _ = codebooks.normalized(weight, BLOCK_SIZE)
@@ -227,11 +194,7 @@ def _shapes(layers: dict) -> tuple[list[dict], torch.Tensor]:
                 "depth": depth,
                 "weights": weight.numel(),
                 "excess_kurtosis": excess_kurtosis(x) - base,
-                "excess_kurtosis_raw": excess_kurtosis(weight),
                 "ks_distance": ks_distance(counts, gaussian.mass),
-                "ks_chance": math.sqrt(math.pi / 2)
-                * math.log(2)
-                / math.sqrt(weight.numel()),  # mean of Kolmogorov's distribution
                 "distinct_values_per_block": distinct_values_per_block(weight),
             }
         )
@@ -247,55 +210,31 @@ def _one_block_size(layers: dict[str, torch.Tensor], size: int) -> dict:
     """Errors of all formats in blocks of `size`: by layer, for all together, for Gaussian weights; and the codebooks.
     int8, with a scale a row, only of matrices."""
     sizes = {name: squared_size(weight) for name, weight in layers.items()}
-    errors = {name: {} for name in layers}
-    table = {}  # (format, double_quant) -> summed squared error
-    densities = []
+    errors, densities = {}, []
     for name, weight in layers.items():
-        back = {
-            (kind, double): q for kind in ("nf4", "fp4") for double, q in enumerate(round_trips(weight, kind, size))
-        }
-        back["asymmetric", False] = round_trip_asymmetric(weight, size)
-        if weight.ndim == 2:
-            back["int8", False] = round_trip_int8(weight)
-        for (kind, double), quantized in back.items():
-            error = squared_error(weight, quantized)
-            table[kind, bool(double)] = table.get((kind, bool(double)), 0.0) + error
-            if not double:
-                errors[name][kind] = error / sizes[name]
+        back = {kind: round_trip(weight, kind, size) for kind in ("nf4", "fp4")}
+        back |= {"int8": round_trip_int8(weight)} if weight.ndim == 2 else {}
+        back["asymmetric"] = round_trip_asymmetric(weight, size)
+        errors[name] = {kind: squared_error(weight, other) / sizes[name] for kind, other in back.items()}
         x, absmax = codebooks.normalized(weight, size)
         densities.append(codebooks.density(x, absmax.double().square()))
     stacked = codebooks.Density(*(torch.stack(part).cpu() for part in zip(*densities, strict=True)))
     gaussian = codebooks.gaussian_blocks(size)
-    levels = {name: codebooks.library(name) for name in ("nf4", "fp4")} | {"uniform": codebooks.uniform()}
-    levels["gaussian_lloyd_max"] = codebooks.lloyd_max(gaussian, torch.tensor(levels["nf4"]))[0].tolist()
-    levels["lloyd_max"] = _best(codebooks.Density(*(part.sum(0) for part in stacked)), levels)[0].tolist()
+    levels = {name: codebooks.library(name) for name in ("nf4", "fp4")}
+    optimum = codebooks.lloyd_max(gaussian, torch.tensor(levels["nf4"]))[0].tolist()
+    levels |= {"gaussian_lloyd_max": optimum, "uniform": codebooks.uniform()}
     own = {"lloyd_max": _best(stacked, levels)[1]}
     own |= {kind: codebooks.relative_squared_error(stacked, torch.tensor(levels[kind])) for kind in OWN[1:]}
-    for kind, relative in own.items():
-        for name, value in zip(layers, relative.tolist(), strict=True):
-            errors[name][kind] = value
-        table[kind, False] = sum(value * sizes[name] for name, value in zip(layers, relative.tolist(), strict=True))
-    whole = sum(sizes.values())
-    order = [kind for kind in ("nf4", "fp4", "int8", *OWN, "asymmetric") if (kind, False) in table]
+    for i, found in enumerate(errors.values()):
+        found |= {kind: relative[i].item() for kind, relative in own.items()}
+    order = [kind for kind in ("nf4", "fp4", "int8", *OWN, "asymmetric") if kind in found]
+    total = sum(sizes.values())
+    whole = {kind: sum(errors[name][kind] * sizes[name] for name in layers) / total for kind in order}
     return {
-        "levels": {kind: levels[kind] for kind in ("nf4", "fp4", "lloyd_max", "gaussian_lloyd_max", "uniform")},
+        "levels": levels,
+        "together": codebooks.Density(*(part.sum(0) for part in stacked)),
         "errors": {name: {kind: found[kind] for kind in order} for name, found in errors.items()},
-        "formats": {kind: _format(table[kind, False], whole, dtype=STORED.get(kind)) for kind in order},
-        "rows": [
-            {
-                "format": kind,
-                "block_size": size,
-                "double_quant": double,
-                "bits_per_weight": bits_per_weight(size, double),
-            }
-            | _format(error, whole)
-            for (kind, double), error in table.items()
-            if kind != "int8"  # has no blocks
-        ],
-        "gaussian": {
-            kind: codebooks.relative_squared_error(gaussian, torch.tensor(levels[kind])).item()
-            for kind in ("nf4", "fp4", "gaussian_lloyd_max", "uniform")
-        },
+        "whole": whole,
     }
 
 

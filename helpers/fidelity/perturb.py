@@ -1,9 +1,8 @@
 """Full precision with other weights swapped in: what follows for its predictions?
 
-    floor        each weight moved by its dtype's rounding: what no difference amounts to noise        random errors of
-    NF4's size. The paper says that quantization noise regularizes; if so, they help as well sensitivity  one block of
-    layers quantized at a time, then every layer in one format at a time: does the error of the
-                 weights foretell the loss?
+    floor        each weight moved by its dtype's rounding: what no difference amounts to
+    noise        random errors of NF4's size: the paper says that quantization noise regularizes; if so, they help
+    sensitivity  every layer in one format, and one block of layers at a time: does the error foretell the loss?
 
 NF4's error is larger where a block of 64 weights is. So noise is matched to it in one of four ways:
 
@@ -12,7 +11,7 @@ NF4's error is larger where a block of 64 weights is. So noise is matched to it 
     signs      NF4's own errors with random signs
     permuted   NF4's own errors in another order within each block
 
-A CPU reads fewer texts (DIALOGUES, BUDGET), and the results say how many.
+A CPU reads fewer texts (DIALOGUES, NOISE_TOKENS, BUDGET) and answers no questions; the results say so.
 """
 
 import time
@@ -29,15 +28,16 @@ from helpers.fidelity.texts import Text, hidden_states, nll_sums, perplexity, sc
 from helpers.setup.layers import linear_layers
 
 DIALOGUES = {"cpu": 10, "cuda": 100}  # for noise: at least 10, below which there is no interval
-BUDGET = {"cpu": {"texts": 4, "tokens": 128}, "cuda": {"texts": 20, "tokens": 256}}  # for sensitivity
+NOISE_TOKENS = {"cpu": 128, "cuda": None}  # of each; None: all
+BUDGET = {"cpu": (2, 128), "cuda": (20, 256)}  # texts, and tokens of each, for sensitivity
 SIZES_ON_CPU = (64, 1024)  # of the sweep of block sizes, with perplexity
+NOT_SCORED = "it needs a GPU: the questions are answered again for every row"
 FORMATS = ("int8", "lloyd_max", "gaussian_lloyd_max", "nf4", "uniform", "asymmetric", "fp4")
 
 
 @contextmanager
 def swapped(model, new: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Inside, the layers named in `new` have those weights (in the dtype of their own). Afterwards the old ones are
-    back."""
+    """Inside, the layers named in `new` have those weights (in their own dtype); afterwards the old ones are back."""
     layers = {name: model.get_submodule(name) for name in new}
     old = {name: layer.weight.data for name, layer in layers.items()}
     try:
@@ -80,39 +80,31 @@ def rounding(model, seed: int) -> tuple[dict[str, torch.Tensor], str]:
 
 def nf4(model) -> dict[str, torch.Tensor]:
     """Every linear layer's weight after NF4 with double quantization, blocks of 64."""
-    return {name: formats.round_trips(m.weight, "nf4")[1] for name, m in linear_layers(model).items()}
+    return {name: formats.round_trip(m.weight, "nf4", double=True) for name, m in linear_layers(model).items()}
 
 
-def _block(error, generator):
+def _noise(kind: str, error: torch.Tensor, generator) -> torch.Tensor:
+    """Noise of the size of `error` (blocks, 64)."""
+    if kind == "signs":
+        return error * (torch.randint(0, 2, error.shape, generator=generator).to(error) * 2 - 1)
+    if kind == "permuted":
+        return error.gather(1, torch.rand(error.shape, generator=generator).to(error.device).argsort(1))
     noise = torch.randn(error.shape, generator=generator).to(error.device)
-    return noise * error.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+    over = {"dim": 1, "keepdim": True} if kind == "block" else {}
+    return noise * error.norm(**over) / noise.norm(**over)
 
 
-def _layer(error, generator):
-    noise = torch.randn(error.shape, generator=generator).to(error.device)
-    return noise * error.norm() / noise.norm()
-
-
-def _signs(error, generator):
-    return error * (torch.randint(0, 2, error.shape, generator=generator).to(error) * 2 - 1)
-
-
-def _permuted(error, generator):
-    return error.gather(1, torch.rand(error.shape, generator=generator).to(error.device).argsort(1))
-
-
-NOISE = {"block": _block, "layer": _layer, "signs": _signs, "permuted": _permuted}
+NOISE = ("block", "layer", "signs", "permuted")
 
 
 def noisy(model, quantized: dict[str, torch.Tensor], kind: str, seed: int) -> dict[str, torch.Tensor]:
-    """Weights plus noise of the size of quantized weights' error. Drawn on the CPU: a seed means the same
-    everywhere."""
+    """Weights plus noise of the size of quantized ones' error. Drawn on the CPU: a seed means the same everywhere."""
     generator, found = torch.Generator().manual_seed(seed), {}
     for name, other in quantized.items():
         weight = model.get_submodule(name).weight.detach()
         error = (other.float() - weight.float()).reshape(-1)
         blocks = torch.nn.functional.pad(error, (0, -error.numel() % formats.BLOCK_SIZE)).view(-1, formats.BLOCK_SIZE)
-        noise = NOISE[kind](blocks, generator).reshape(-1)[: error.numel()]
+        noise = _noise(kind, blocks, generator).reshape(-1)[: error.numel()]
         found[name] = (weight.float() + noise.view(weight.shape)).to(weight.dtype)
     return found
 
@@ -120,24 +112,29 @@ def noisy(model, quantized: dict[str, torch.Tensor], kind: str, seed: int) -> di
 def noise(
     model, texts: list[Text], seeds: list[int], options: dict, score: Callable | None = None, progress=None
 ) -> dict:
-    """Perplexity, and F1 where it can be scored, of full precision, of NF4's weights, and of full precision with noise:
+    """Perplexity, and on a GPU F1, of full precision, of NF4's weights, and of full precision with noise:
     schema.Noise. Matched by block with every seed, in the other ways with the first, and perplexity alone.
 
     options: confidence, resamples, seed of the intervals, which are paired by dialogue. score(model) -> (values,
     dialogue ids), one F1 and id per question, always the same questions in the same order; StudyError if they are not.
     """
-    start, texts = time.perf_counter(), texts[: DIALOGUES[model.device.type]]
+    start, device = time.perf_counter(), model.device.type
+    texts = beginnings(texts, DIALOGUES[device], NOISE_TOKENS[device])
     base, base_f1 = nll_sums(model, texts), score(model) if score else None
     quantized = nf4(model)
     if not quantized:
         raise StudyError(f"{type(model).__name__} has no linear layers besides its output layer")
+
+    names = np.array([f"{t.data_set}/{t.id}" for t in texts])
 
     def row(kind: str, seed: int | None, new: dict[str, torch.Tensor]) -> dict:
         error, scoring = relative_squared_error(model, new), score and kind in ("nf4", "block")
         with swapped(model, new):
             nll, f1 = nll_sums(model, texts), score(model) if scoring else None
         found = {"kind": kind, "seed": seed, "relative_squared_error": error, "ppl": perplexity(nll)}
-        found |= {"log_ppl_ratio": _ratio(base, nll, texts, options), "f1": _f1(base_f1, f1, options)}
+        (before, counts), (after, _) = (np.array(side).T for side in (base, nll))
+        ratio = _difference(statistics.log_ppl_ratio(before, after, counts.astype(int), names, **options))
+        found |= {"log_ppl_ratio": ratio, "f1": _f1(base_f1, f1, options) if scoring else None}
         if progress:
             progress(f"{kind}: perplexity {found['ppl']:.3f}, full precision {perplexity(base):.3f}")
         return found
@@ -151,6 +148,7 @@ def noise(
         "full": {"ppl": perplexity(base), "f1": None if base_f1 is None else float(np.mean(base_f1[0]))},
         "nf4": rows[0],
         "seeds": rows[1:],
+        "f1_reason": None if score else NOT_SCORED,
         "seconds": time.perf_counter() - start,
     }
 
@@ -159,15 +157,7 @@ def _difference(row: dict) -> dict:
     return {key: row[key] for key in ("difference", "ci_low", "ci_high", "p", "reason")}
 
 
-def _ratio(base, nll, texts: list[Text], options: dict) -> dict:
-    sums = (np.array([s for s, _ in side]) for side in (base, nll))
-    names = np.array([f"{t.data_set}/{t.id}" for t in texts])
-    return _difference(statistics.log_ppl_ratio(*sums, np.array([n for _, n in base]), names, **options))
-
-
-def _f1(base, other, options: dict) -> dict | None:
-    if base is None or other is None:
-        return None
+def _f1(base, other, options: dict) -> dict:
     if list(base[1]) != list(other[1]):
         raise StudyError(
             "score: the perturbed model was asked other questions than full precision; score the same ones every time"
@@ -186,23 +176,19 @@ def sensitivity(model, texts: list[Text], books: dict[str, list[float]], progres
     (`formats.analyse`). int8 quantizes the weights alone; LLM.int8() quantizes activations as well. Raises StudyError
     if the model has no list of blocks.
     """
-    start, some = time.perf_counter(), beginnings(texts, BUDGET[model.device.type])
+    start, some = time.perf_counter(), beginnings(texts, *BUDGET[model.device.type])
     blocks, layers = _blocks(model), linear_layers(model)
     entering, reference = _reference(model, blocks, some)
-    rows = []
-    for depth in range(len(blocks)):
-        mine = {name: m for name, m in layers.items() if formats.kind_and_depth(name)[1] == depth}
-        for kind in ("nf4", "fp4"):
-            new = {name: formats.round_trips(m.weight, kind)[0] for name, m in mine.items()}
-            with _starting_at(blocks, depth, entering):
-                rows.append({"depth": depth, "format": kind} | _swapped_loss(model, new, some, reference))
-        if progress and depth % 10 == 9:
-            progress(f"{depth + 1} of {len(blocks)} blocks quantized one at a time")
-    del entering
-    by_format = []
+    rows, by_format = [], []
     for kind in FORMATS:
         new = {name: _quantized(m.weight.detach(), kind, books.get(kind)) for name, m in layers.items()}
         by_format.append({"format": kind} | _swapped_loss(model, new, some, reference))
+        for depth in range(len(blocks)) if kind in ("nf4", "fp4") else ():
+            mine = {name: weight for name, weight in new.items() if formats.kind_and_depth(name)[1] == depth}
+            with _starting_at(blocks, depth, entering):
+                rows.append({"depth": depth, "format": kind} | _swapped_loss(model, mine, some, reference))
+        if progress:
+            progress(f"{kind}: KL {by_format[-1]['kl']:.3g} nats")
     a, b = ([row for row in rows if row["format"] == kind] for kind in ("nf4", "fp4"))
     return {
         "texts": len(some),
@@ -216,18 +202,17 @@ def sensitivity(model, texts: list[Text], books: dict[str, list[float]], progres
 
 
 def block_sizes(model, texts: list[Text], rows: list[dict], progress=None) -> dict:
-    """Fills in ppl and ln_ratio of NF4's and FP4's rows of `formats.analyse`'s block_sizes (single quantization), the
-    whole model's weights replaced. A CPU does SIZES_ON_CPU on the beginnings of few texts. Returns schema's
-    BlockSizeTexts."""
+    """Fills in ppl and ln_ratio of NF4's and FP4's rows of `formats.analyse`'s block_sizes, the whole model's weights
+    replaced. A CPU does SIZES_ON_CPU on the beginnings of few texts. Returns schema's BlockSizeTexts."""
     cpu = model.device.type == "cpu"
-    some = beginnings(texts, BUDGET["cpu"]) if cpu else texts[: DIALOGUES["cuda"]]
+    some = beginnings(texts, *BUDGET["cpu"]) if cpu else texts[: DIALOGUES["cuda"]]
     base = nll_sums(model, some)
     tokens = sum(n for _, n in base)
     for row in rows:
         kind, size = row["format"], row["block_size"]
-        if kind not in ("nf4", "fp4") or row["double_quant"] or (cpu and size not in SIZES_ON_CPU):
+        if kind not in ("nf4", "fp4") or (cpu and size not in SIZES_ON_CPU):
             continue
-        new = {name: formats.round_trips(m.weight, kind, size)[0] for name, m in linear_layers(model).items()}
+        new = {name: formats.round_trip(m.weight, kind, size) for name, m in linear_layers(model).items()}
         with swapped(model, new):
             nll = nll_sums(model, some)
         row |= {"ppl": perplexity(nll), "ln_ratio": sum(a[0] - b[0] for a, b in zip(nll, base, strict=True)) / tokens}
@@ -237,22 +222,19 @@ def block_sizes(model, texts: list[Text], rows: list[dict], progress=None) -> di
     return {"texts": len(some), "tokens": tokens, "ppl_full": perplexity(base), "reason": reason}
 
 
-def beginnings(texts: list[Text], budget: dict) -> list[Text]:
+def beginnings(texts: list[Text], count: int, tokens: int | None) -> list[Text]:
     """The first tokens of the first texts."""
-    tokens = budget["tokens"]
-    return [t._replace(ids=t.ids[:tokens], turn=t.turn[:tokens]) for t in texts[: budget["texts"]]]
+    return [t._replace(ids=t.ids[:tokens], turn=t.turn[:tokens]) for t in texts[:count]]
 
 
 def spearman(rows: list[dict]) -> dict:
-    """Spearman's rank correlations of relative_squared_error with kl and ln_ratio over rows; None where one of them
-    does not vary, and no p below ten rows."""
+    """schema.Correlation over rows."""
     found = {"n": len(rows)}
     error = [row["relative_squared_error"] for row in rows]
     for key in ("kl", "ln_ratio"):
         values = [row[key] for row in rows]
         varies = len(set(error)) > 1 and len(set(values)) > 1
-        rho, p = map(float, stats.spearmanr(error, values)) if varies else (None, None)
-        found |= {key: rho, f"{key}_p": p if len(rows) >= 10 else None}
+        found[key] = float(stats.spearmanr(error, values).statistic) if varies else None
     return found
 
 
@@ -288,8 +270,7 @@ def _log_probabilities(model, states: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _starting_at(blocks, depth: int, entering: list[torch.Tensor]) -> Iterator[None]:
-    """Inside, the blocks before `depth` do nothing and it gets what it gets in full precision: exact, as they have not
-    changed."""
+    """Inside, the blocks before `depth`, which have not changed, do nothing, and it gets what full precision gives."""
     skipped = list(blocks[:depth])
     before = [block.__dict__.get("forward") for block in skipped]
     for block in skipped:
@@ -328,5 +309,5 @@ def _quantized(weight: torch.Tensor, kind: str, levels: list[float] | None) -> t
     if kind == "asymmetric":
         return formats.round_trip_asymmetric(weight)
     if kind in ("nf4", "fp4"):
-        return formats.round_trips(weight, kind)[0]
+        return formats.round_trip(weight, kind)
     return codebooks.round_to(weight, torch.tensor(levels), formats.BLOCK_SIZE)

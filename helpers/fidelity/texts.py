@@ -35,8 +35,7 @@ def dialogues(study: Study) -> list[dict]:
 
 
 def encode(dialogues: list[dict], tokenizer, limit: int | None = None) -> tuple[list[Text], list[dict]]:
-    """Dialogues as tokens, and rows (data_set, dialogue, tokens, reason) of those left out for more than `limit`
-    tokens.
+    """Dialogues as tokens, and schema.LeftOut's rows of those with more than `limit` tokens.
 
     A token belongs to an answer if any of its characters does, and to the story likewise. Raises StudyError if the
     tokenizer gives no character offsets, or no dialogue is left.
@@ -120,8 +119,7 @@ def chunk_positions(vocabulary: int) -> int:
 
 @torch.inference_mode()
 def hidden_states(model, batch: list[Text]) -> list[torch.Tensor]:
-    """The last hidden states (scored tokens, width) before each text's scored tokens, read in one right-padded
-    batch."""
+    """The last hidden states (scored, width) before each text's scored tokens, read in one right-padded batch."""
     longest = max(len(t.ids) for t in batch)
     ids = torch.zeros((len(batch), longest), dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -26,6 +26,10 @@ CACHE = ROOT / ".cache"
 class StudyError(RuntimeError):
     """Something the user can put right. Its text is one sentence that names the file or value and the remedy."""
 
+    def __str__(self) -> str:
+        """Names and values come from files: control characters are shown as escapes, which no terminal obeys."""
+        return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in super().__str__())
+
 
 class NotHere(StudyError):
     """Cannot be done on this machine; the sentence says why and what it takes. The run is skipped, not failed."""

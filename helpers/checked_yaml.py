@@ -70,8 +70,6 @@ def _explain(error: ValidationError, where: str, kind: type[BaseModel]) -> str:
             said = e["msg"].removeprefix("Value error, ")
             said = said if isinstance(given, dict) else f"is {repr(given)[:60]}: {said[0].lower() + said[1:]}"
             lines.append(f"'{key}' {said}" if key else said)
-    # A key may hold escape codes, which a terminal would obey.
-    lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines]
     return "\n".join(f"{where}: {line}" for line in lines)
 
 

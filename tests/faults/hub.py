@@ -5,7 +5,7 @@ import time
 
 import yaml
 
-from tests.hub_server import Hub, Repository
+from tests.hub_server import GRANTED, NOT_GRANTED, Hub, Repository
 
 CASES = {
     "401": {"status": 401},
@@ -26,18 +26,19 @@ def rows(project, make, only: str):
         return
     study = yaml.safe_load((project / "params/hardware/study.yaml").read_text())
     study |= {"study": "hub", "model": {"source": "hub", "name": "tiny/llama"}}
-    (project / "params/hub").mkdir()
+    (project / "params/hub").mkdir(exist_ok=True)
     (project / "params/hub/study.yaml").write_text(yaml.safe_dump(study))
     target = "executed/hub/00_setup.ipynb"
     files = {path.name: path.read_bytes() for path in (project / "two-layers").iterdir()}
     for number, (name, case) in enumerate(wanted.items()):
         start, well = time.monotonic(), {"name": "tiny/llama", "files": files}
         home = {"HF_HOME": str(project / f"hub-{number}"), "NO_PROXY": "127.0.0.1,localhost"}
+        token = NOT_GRANTED if "gated" in case else GRANTED
         with Hub([Repository(**well | case)]) as hub:
-            code, output = make(project, target, study="hub", HF_ENDPOINT=hub.url, **home)
+            code, output = make(project, target, study="hub", HF_ENDPOINT=hub.url, HF_TOKEN=token, **home)
         said = re.search(r"FAILED: (.+?)(; see \S+)?$", output, re.M)
         with Hub([Repository(**well)]) as hub:
-            last, end = make(project, target, study="hub", HF_ENDPOINT=hub.url, **home)
+            last, end = make(project, target, study="hub", HF_ENDPOINT=hub.url, HF_TOKEN=GRANTED, **home)
         (project / target).unlink(missing_ok=True)
         broken = "Traceback" in output + end
         yield (

@@ -178,7 +178,7 @@ def _half(raw: bytes) -> bytes:
 
 
 def _flipped(raw: bytes) -> bytes:
-    where = [found.end() for found in re.finditer(rb"\d\.\d\d", raw)][-1] - 1  # a digit of a number
+    where = [found.end() for found in re.finditer(rb"\d", raw)][-1] - 1  # a digit
     return raw[:where] + bytes([raw[where] ^ 1]) + raw[where + 1 :]
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from helpers import ROOT, StudyError, params, results
 from tests.faults import hub, inject, tiny
+from tests.hub_server import GRANTED
 
 TOKEN = "hf_plantedTokenThatNoFileMayHold"
 LONGEST_WAIT = 12  # s before a kill: about as long as a notebook takes
@@ -174,7 +175,7 @@ def _readable(path: Path) -> bool:
 
 def leaked(project: Path) -> list[str]:
     """Files that hold the planted token or the name of this machine."""
-    words, found = (TOKEN.encode(), os.uname().nodename.encode()), []
+    words, found = (TOKEN.encode(), GRANTED.encode(), os.uname().nodename.encode()), []
     for folder in ("executed", "figures", ".cache/jupyter", ".cache/cards"):
         for path in (p for p in (project / folder).rglob("*") if p.is_file()):
             found += (

@@ -87,13 +87,13 @@ setup: $(if $(ENV),.venv/.methods)
 endif
 
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu takes PyTorch from there: no CUDA libraries.
-PIP = .venv/bin/python -m pip install --disable-pip-version-check -c requirements-lock.txt $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)")
+PIP = .venv/bin/python -m pip install --disable-pip-version-check -c .requirements-lock.txt $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)")
 PIP_LINES = sed -u -n -E '/^ *(Downloading|Installing|Successfully|Building)/s/^(.{110}).*/\1 .../;/^ *(Downloading|Installing|Successfully|Building)/p'
 
-.venv/.methods: requirements-methods.txt requirements-lock.txt .venv/.ready
+.venv/.methods: requirements-methods.txt .requirements-lock.txt .venv/.ready
 	@$(PIP) -r requirements.txt -r requirements-methods.txt | $(PIP_LINES) && touch $@
 
-.venv/.ready: requirements.txt requirements-lock.txt
+.venv/.ready: requirements.txt .requirements-lock.txt
 	@python=; for p in python3 python3.13 python3.12 python3.11; do \
 	  if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then python=$$p; break; fi; done; \
 	[ -n "$$python" ] || { echo "No Python 3.11, 3.12 or 3.13 found: install one, or name yours with make PYTHON=..." >&2; exit 1; }; \
@@ -211,7 +211,7 @@ lint: $(ENV) ## check code and notebooks
 faults: $(ENV) ## break a small study on purpose, and see that nothing is lost (KILLS=100; half an hour; root for full disks)
 	$(PY) -m tests.faults.run --kills $(or $(KILLS),100)
 
-lock: ## write requirements-lock.txt: every package that the requirements bring along, pinned
+lock: ## write .requirements-lock.txt: every package that the requirements bring along, pinned
 	python3 tests/lock.py
 
 readme: $(ENV) ## render what README.md says was found, from the committed runs

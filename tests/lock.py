@@ -1,4 +1,4 @@
-"""make lock: requirements-lock.txt, every package that the requirements bring along, pinned, for Linux and Python 3.11
+"""make lock: .requirements-lock.txt, every package that the requirements bring along, pinned, for Linux and Python 3.11
 to 3.13 (each that is on PATH as python3.NN; the others keep their lines). pip resolves, and nothing is installed.
 """
 
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES, LOCK = ("requirements.txt", "requirements-methods.txt"), ROOT / "requirements-lock.txt"
+FILES, LOCK = ("requirements.txt", "requirements-methods.txt"), ROOT / ".requirements-lock.txt"
 PYTHONS = ("3.11", "3.12", "3.13")
 HEAD = """# Written by make lock; make setup takes these versions of everything that the requirements bring along.
 # No hashes: torch's file is another one on PyPI and at TORCH_INDEX, and pip checks hashes for all packages or none.

@@ -276,10 +276,12 @@ def _engine(study: Study, evaluations: dict) -> pd.DataFrame:
         except (ValueError, KeyError, TypeError) as error:
             raise StudyError(f"{path.name}: not what bench-eval writes ({type(error).__name__}); delete it") from None
     for name, data in evaluations.items():
-        fallbacks = (data["engine"].get("fallbacks") or {}).values()
+        reports = [data["engine"], data["engine"].get("tasks") or {}]  # the dialogues', and further tasks'
+        fallbacks = [v for report in reports for v in (report.get("fallbacks") or {}).values()]
+        cut = [n for n in (tables.dig(report, "counts.truncated") for report in reports) if n is not None]
         rows[name] = tables.pick(data, "questions seconds")
         rows[name] |= {"fallbacks": sum(v if isinstance(v, int) else 1 for v in fallbacks)}
-        rows[name] |= {"truncated": tables.dig(data, "engine.counts.truncated")}
+        rows[name] |= {"truncated": sum(cut) if cut else None}
         names = {"stock_ratio": "ratio", "stock_identical": "identical_share"}
         rows[name] |= tables.pick(stock.get(name) or {}, " ".join(names), names)
     return pd.DataFrame.from_dict(rows, orient="index", columns=ENGINE.split())

@@ -70,7 +70,7 @@ def _explain(error: ValidationError, where: str, kind: type[BaseModel]) -> str:
             said = e["msg"].removeprefix("Value error, ")
             said = said if isinstance(given, dict) else f"is {repr(given)[:60]}: {said[0].lower() + said[1:]}"
             lines.append(f"'{key}' {said}" if key else said)
-    return "\n".join(f"{where}: {line}" for line in lines)
+    return "\n".join(f"{where}: {line}".replace("\n", "\\n") for line in lines)  # keys and values may hold one
 
 
 def validate(kind: type[BaseModel], values: dict, where: str):

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: the embedded study, and a copy of the project to run make in."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from tests.faults import tiny as tiny_project
 
 # Two tests that load a model side by side need no more threads than there are cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What a shell starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY, LLAMA = tiny_project.BENCHMARK, tiny_project.MODEL["architecture"]
 

@@ -11,6 +11,10 @@ from hypothesis import strategies as st
 from helpers import ROOT, StudyError, params, results
 
 DATA = {"weights": {}, "data": None, "environment": {}}
+asked = os.environ.get("FUZZ")  # so many inputs; by default the same few at every run
+fuzzed = settings(
+    max_examples=int(asked or 200), derandomize=not asked, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 @pytest.fixture
@@ -82,7 +86,7 @@ def test_keys_that_are_numbers_survive_the_checksum(here):
     assert results.read(results.path(here, None, "setup")).data["weights"] == {"10": 1.5, "9": 0.1 + 0.2}
 
 
-@settings(max_examples=int(os.environ.get("FUZZ", 200)), deadline=None, suppress_health_check=list(HealthCheck))
+@fuzzed
 @given(where=st.integers(0, 10**6), bit=st.integers(0, 7), cut=st.booleans())
 def test_no_flipped_bit_and_no_cut_is_read_as_a_result(here, where, bit, cut):
     path = results.path(here, None, "setup")
@@ -107,7 +111,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=int(os.environ.get("FUZZ", 200)), deadline=None, suppress_health_check=list(HealthCheck))
+@fuzzed
 @given(key=st.sampled_from(["schema_version", "kind", "study", "status", "provenance", "data", "sha256"]), value=JSON)
 def test_any_value_for_any_key_is_a_result_or_a_sentence(here, key, value):
     path = results.path(here, None, "setup")

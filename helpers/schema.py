@@ -29,6 +29,7 @@ class Evaluation(Data):
     dialogues: int
     seconds: float  # answering them all, loading excluded
     engine: dict  # hf-dialogue's timings and counts
+    floor: dict | None = None  # full precision on a GPU: what the batch alone changes (evaluate.run.floor)
     loading: dict  # models.load's info
     process_peak_mb: float  # highest resident memory of the process, MiB
 

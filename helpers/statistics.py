@@ -38,6 +38,7 @@ from scipy import stats
 
 from helpers import StudyError
 
+RIGHT = 0.5  # exact match is a mean over references: an answer is right if at least half of them match
 MIN_DIALOGUES = 10  # below this no interval keeps its level (bench_statistics)
 MIN_NONZERO = 5  # dialogues that say anything; with fewer, a resample often holds none of them
 SLACK = 1e-9  # relative: the same sum in another order differs in its last digits, and a tie counts as extreme

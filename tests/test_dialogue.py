@@ -23,7 +23,7 @@ from helpers.evaluate.hf_dialogue import FALLBACK_BATCH, HFDialogue
 from helpers.evaluate.limits import CPU_ROWS
 from helpers.evaluate.prefixes import ends, group_by_prefix
 from helpers.evaluate.requests import Request, guess
-from helpers.evaluate.run import evaluate
+from helpers.evaluate.run import evaluate, floor
 from helpers.setup import coqa
 from helpers.setup.layers import widest_layer
 from helpers.setup.models import Loaded
@@ -538,10 +538,18 @@ def test_further_tasks_have_a_report_of_their_own(study, tiny, tokenizer):
             "data": [study.sources[0].model_copy(update={"dialogues": 2, "dialogues_on_cpu": 1})],
         }
     )
-    found = evaluate(study, Loaded(tiny, tokenizer, {}))
+    loaded = Loaded(tiny, tokenizer, {})
+    found = evaluate(study, loaded)
     assert found["engine"]["counts"]["requests"] == len(found["samples"]["coqa_turns"])
     assert found["engine"]["tasks"]["counts"]["requests"] == 3 * 4 and not found["engine"]["tasks"]["fallbacks"]
     assert 0 <= found["results"]["few_shot_choices"]["acc,none"] <= 1
+    # In float32 a batch changes nothing; what did change is counted.
+    none = {"right_to_wrong": 0, "wrong_to_right": 0, "f1_difference": 0}
+    assert floor(study, loaded, found) == {"same_text": 1, **none}
+    found["samples"]["coqa_turns"][0] |= {"filtered_resps": ["another"], "em": 0.5, "f1": 1.0}
+    share = 1 / len(found["samples"]["coqa_turns"])
+    changed = {"same_text": 1 - share, **none, "right_to_wrong": share, "f1_difference": -share}
+    assert floor(study, loaded, found) == pytest.approx(changed)
 
 
 def test_lm_evals_command_line(tiny, tokenizer, tmp_path):

@@ -52,6 +52,17 @@ def copied():
     shutil.rmtree(target)
 
 
+def test_the_floor_of_flips_is_full_precisions_own(copied, reference):
+    assert pd.isna(reference.engine.same_text["fp16"])  # these results are older
+    path = copied[0] / "fp16/evaluation.json"
+    envelope = json.loads(path.read_text()) | {"schema_version": 1}
+    del envelope["sha256"]
+    own = {"same_text": 0.97, "right_to_wrong": 0.002, "wrong_to_right": 0.001, "f1_difference": -0.001}
+    path.write_text(json.dumps(envelope | {"data": envelope["data"] | {"floor": own}}))
+    engine = frames.load(copied[0]).engine
+    assert engine.loc["fp16", list(own)].to_dict() == own and engine.loc["nf4", list(own)].isna().all()
+
+
 def test_every_column_is_documented(reference):
     text = frames.__doc__
     for name, table in reference._asdict().items():

@@ -49,7 +49,8 @@ noise           kind (nf4, or what the noise was matched to), seed, relative_squ
                 f1, f1_low, f1_high (difference from full precision)
 hardware        configuration, process, device, gb_per_second (copy), tflops (matmul), dtype, warnings
 engine          index: configuration. questions, seconds, fallbacks, truncated; stock_ratio (seconds of stock lm-eval
-                over these), stock_identical (share of answers like its)
+                over these), stock_identical (share of answers like its); same_text, right_to_wrong, wrong_to_right,
+                f1_difference (of the same dialogues one at a time: evaluate.run.floor)
 runs            configuration, kind, process, status, reason, created, commit, dirty, gpu, driver, cuda, processor,
                 cores, memory_gib, torch, transformers, bitsandbytes, seed, seconds
 """
@@ -61,7 +62,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from helpers import ROOT, StudyError, params, results
+from helpers import ROOT, StudyError, params, results, statistics
 from helpers.analysis import tables
 from helpers.params import Study
 
@@ -70,7 +71,6 @@ KINDS = ("evaluation", "benchmark", "fidelity")
 ORDER = "fp16 bf16 fp32 int8 int8-weights fp8 gptq awq hqq nf4 nf4-plain fp4 int4"
 FULL_LABELS = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 MODES = {"eager": "eager", "cuda_graph": "CUDA graph", "compile": "compiled"}
-RIGHT = 0.5  # exact match is a mean over references: at least half of them
 KEYS = ["data_set", "dialogue", "turn"]
 
 
@@ -225,7 +225,11 @@ def _samples(study: Study, evaluations: dict, fidelity: dict) -> pd.DataFrame:
             where = {"configuration": name, "data_set": doc.get("data_set", "dialogues"), "dialogue": dialogue}
             where |= {"turn": turn, "last_turn": bool(doc["last_turn"])}
             where |= tables.pick(doc, "domain question references", {"domain": "source"})
-            said = {"prediction": prediction(row), "right": row["em"] >= RIGHT, "kl": kl.get((dialogue, turn), np.nan)}
+            said = {
+                "prediction": prediction(row),
+                "right": row["em"] >= statistics.RIGHT,
+                "kl": kl.get((dialogue, turn), np.nan),
+            }
             rows.append(where | tables.pick(row, "f1 em answer_tokens hit_limit truncated") | said)
     if not rows:
         return pd.DataFrame(columns=["configuration", *KEYS, *SAMPLE.split()])
@@ -282,9 +286,11 @@ def _engine(study: Study, evaluations: dict) -> pd.DataFrame:
         rows[name] = tables.pick(data, "questions seconds")
         rows[name] |= {"fallbacks": sum(v if isinstance(v, int) else 1 for v in fallbacks)}
         rows[name] |= {"truncated": sum(cut) if cut else None}
+        rows[name] |= tables.pick(data.get("floor") or {}, FLOOR)
         names = {"stock_ratio": "ratio", "stock_identical": "identical_share"}
         rows[name] |= tables.pick(stock.get(name) or {}, " ".join(names), names)
     return pd.DataFrame.from_dict(rows, orient="index", columns=ENGINE.split())
 
 
-ENGINE = "questions seconds fallbacks truncated stock_ratio stock_identical"
+FLOOR = "same_text right_to_wrong wrong_to_right f1_difference"
+ENGINE = f"questions seconds fallbacks truncated stock_ratio stock_identical {FLOOR}"

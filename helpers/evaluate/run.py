@@ -18,6 +18,7 @@ from helpers import ROOT, StudyError, results
 from helpers.evaluate.hf_dialogue import CPU_CONTEXTS, HFDialogue
 from helpers.params import Configuration, Study
 from helpers.setup.models import Loaded
+from helpers.statistics import RIGHT
 
 TASKS = ROOT / "helpers" / "tasks"
 DIALOGUES = "coqa_turns"
@@ -74,6 +75,23 @@ def evaluate(study: Study, loaded: Loaded, lm: HFDialogue | None = None) -> dict
             found[part] |= more[part]
         engine["tasks"] = lm.report()
     return found | {"seconds": seconds, "engine": engine}
+
+
+def floor(study: Study, loaded: Loaded, found: dict) -> dict:
+    """What sharing a batch changes by itself: the same dialogues again, one at a time. Shares of the questions
+    (same_text, right_to_wrong, wrong_to_right) and the mean change of F1 (f1_difference, 0 to 1).
+    """
+    alone = study.evaluation.model_copy(update={"batch_size": 1, "tasks": []})
+    again = evaluate(study.model_copy(update={"evaluation": alone}), loaded)["samples"][DIALOGUES]
+    second = {row["doc_id"]: row for row in again}
+    pairs = [(row, second[row["doc_id"]]) for row in found["samples"][DIALOGUES]]
+    right = [(a["em"] >= RIGHT, b["em"] >= RIGHT) for a, b in pairs]
+    return {
+        "same_text": sum(a["filtered_resps"] == b["filtered_resps"] for a, b in pairs) / len(pairs),
+        "right_to_wrong": right.count((True, False)) / len(pairs),
+        "wrong_to_right": right.count((False, True)) / len(pairs),
+        "f1_difference": mean(again, "f1") - mean(found["samples"][DIALOGUES], "f1"),
+    }
 
 
 def last_turns(samples: list[dict]) -> list[dict]:
@@ -138,6 +156,7 @@ def save(study: Study, configuration: Configuration, loaded: Loaded, found: dict
         "dialogues": len({row["doc"]["id"] for row in samples}),
         "seconds": found["seconds"],
         "engine": found["engine"],
+        "floor": found.get("floor"),
         "loading": loaded.info,
         "process_peak_mb": peak_mb(),
     }

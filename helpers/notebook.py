@@ -200,7 +200,8 @@ def _only(target: Path):
 
 
 def render(source: Path, target: Path) -> None:
-    """The report: an executed notebook as one HTML file by notebooks/template, nothing fetched from the network."""
+    """The report: an executed notebook as one HTML file by notebooks/template, nothing fetched from the network.
+    Raises StudyError if the notebook was cut off; an older report stays."""
     import nbformat
     from nbconvert import HTMLExporter
 
@@ -210,7 +211,11 @@ def render(source: Path, target: Path) -> None:
     notebook = ROOT / "notebooks" / source.name
     if target.resolve().is_relative_to(ROOT) and notebook.is_file():
         resources["notebook"] = Path(os.path.relpath(notebook, target.resolve().parent)).as_posix()
-    body, _ = exporter.from_notebook_node(nbformat.read(source, 4), resources=resources)
+    try:
+        executed = nbformat.read(source, 4)
+    except ValueError:
+        raise StudyError(f"{source}: not a whole notebook; delete it and run make report again") from None
+    body, _ = exporter.from_notebook_node(executed, resources=resources)
     results.write_text(target, body)
     print(f"{target.relative_to(ROOT) if target.is_relative_to(ROOT) else target}: open it in a browser")
 

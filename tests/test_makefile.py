@@ -211,3 +211,15 @@ def test_clean_deletes_what_a_run_wrote_and_nothing_else(tree, make):
     assert done.returncode == 0 and "is kept" in done.stdout
     assert all(path.read_text() == "mine" for path in kept)
     assert [path.name for path in (tree / "executed/small").rglob("*")] == ["my notes.md"]
+
+
+def test_an_installation_shows_what_it_downloads_in_short_lines():
+    lines = [
+        "Collecting torch",
+        f"  Downloading torch-2.13.0{'x' * 200}.whl (500 MB)",
+        "Installing collected packages: a",
+    ]
+    rule = "show: ; @printf '%s\\n' " + " ".join(f"'{line}'" for line in lines) + " | $(PIP_LINES)"
+    done = subprocess.run(["make", "-s", f"--eval={rule}", "show"], cwd=ROOT, capture_output=True, text=True)
+    first, second = done.stdout.splitlines()
+    assert first.startswith("  Downloading torch-2.13.0xx") and len(first) < 120 and second == lines[2]

@@ -88,3 +88,13 @@ def test_scraps_of_killed_runs_go_after_an_hour(tmp_path, monkeypatch, capsys):
     notebook.check("smollm2-135m", ["nf4"])
     assert [path.name for path in folder.iterdir()] == new
     assert capsys.readouterr().out.count("half-written by a run that was killed") == 2
+
+
+def test_a_render_that_fails_says_so_and_keeps_the_older_report(tmp_path):
+    cut, report = tmp_path / "04_analysis.ipynb", tmp_path / "report.html"
+    cut.write_text('{"cells": [')
+    report.write_text("older")
+    command = [sys.executable, "-m", "helpers.notebook", "render", str(cut), str(report)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and report.read_text() == "older"
+    assert "04_analysis.ipynb: not a whole notebook; delete it and run make report again" in done.stderr

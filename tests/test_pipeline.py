@@ -39,6 +39,8 @@ def test_run_all_resumes_repeats_nothing_and_keeps_good_configurations_beside_a_
     assert result(project, "bad", "evaluation")["reason"] == "RuntimeError: no such kernel <b>here</b>"
     for name in ("fp16", "nf4"):
         assert [result(project, name, kind)["status"] for kind in ("evaluation", "benchmark", "fidelity")] == ["ok"] * 3
+    written = [path for kind in ("*.json*", "*.html") for path in (project / "executed/tiny").rglob(kind)]
+    assert len(written) > 10 and not [path.name for path in written if str(project) in path.read_text()]
     weights = json.loads((project / "executed/tiny/weights.json").read_text())["data"]
     assert not any("reason" in weights[part] for part in ("weights", "sensitivity", "noise"))
     report = (project / "executed/tiny/report.html").read_text()

@@ -7,6 +7,7 @@ The stock `coqa` score is the last-turn subset of the same samples; it is report
 """
 
 import hashlib
+import json
 import sys
 import time
 
@@ -146,9 +147,10 @@ def save(study: Study, configuration: Configuration, loaded: Loaded, found: dict
         "questions": len(last),
         "of": DIALOGUES,
     }
-    results.write_json(
-        folder / "lm_eval.json", {k: found[k] for k in ("results", "configs", "versions", "n-shot", "higher_is_better")}
-    )
+    kept = {k: found[k] for k in ("results", "configs", "versions", "n-shot", "higher_is_better")}
+    # lm-eval notes where a task's file lies on this machine.
+    text = results.clean(json.dumps(kept, indent=1, ensure_ascii=False, allow_nan=False, default=str))
+    results.write_text(folder / "lm_eval.json", text + "\n")
     data = {
         "tasks": tasks,
         "files": files,

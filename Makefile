@@ -164,10 +164,10 @@ $(OUT)/report.html: $(OUT)/04_analysis.ipynb helpers/notebook.py $(wildcard note
 CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome chrome,$(shell command -v $(name))) chromium)
 # A printed link to a file beside the page would hold this machine's path.
 report-pdf: $(OUT)/report.html ## print the report as a PDF (needs Chromium or Chrome)
-	@page=$$(mktemp -d)/report.html; sed -E 's/ href="[^"#:]+\.(ipynb|html)[^"]*"//g' $< > $$page; \
-	$(CHROMIUM) --headless --no-sandbox --no-pdf-header-footer --print-to-pdf=$(OUT)/report.pdf $$page 2>/dev/null \
-	  && echo "$(OUT)/report.pdf" || { echo "$(CHROMIUM): cannot print; install Chromium, or name it with CHROMIUM=..." >&2; exit 1; }; \
-	rm -r $$(dirname $$page)
+	@folder=$$(mktemp -d); trap "rm -r $$folder" EXIT; \
+	sed -E 's/ href="[^"#:]+\.(ipynb|html)[^"]*"//g' $< > $$folder/report.html; \
+	$(CHROMIUM) --headless --no-sandbox --no-pdf-header-footer --print-to-pdf=$(OUT)/report.pdf $$folder/report.html 2>/dev/null \
+	  && echo "$(OUT)/report.pdf" || { echo "$(CHROMIUM): cannot print; install Chromium, or name it with CHROMIUM=..." >&2; exit 1; }
 
 samples: $(OUT)/samples.html ## the page of every answer alone: two configurations side by side, filters, stories
 

@@ -106,10 +106,11 @@ def write_text(target: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def write_json(target: Path, value) -> None:
-    """Any JSON; what has no JSON form (functions in lm-eval's task configurations) becomes text without local paths."""
+def write_json(target: Path, value, paths: bool = True) -> None:
+    """Any JSON; what has no JSON form (functions in lm-eval's task configurations) becomes text without local paths.
+    paths=False: `clean` goes over its strings as well."""
     plain = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=lambda v: clean(str(v)))
-    write_text(target, plain + "\n")
+    write_text(target, (plain if paths else clean(plain)) + "\n")
 
 
 def write(study: Study, configuration: Configuration | None, kind: Kind, data: dict, process: int = 1) -> Result:

@@ -7,7 +7,6 @@ The stock `coqa` score is the last-turn subset of the same samples; it is report
 """
 
 import hashlib
-import json
 import sys
 import time
 
@@ -148,9 +147,7 @@ def save(study: Study, configuration: Configuration, loaded: Loaded, found: dict
         "of": DIALOGUES,
     }
     kept = {k: found[k] for k in ("results", "configs", "versions", "n-shot", "higher_is_better")}
-    # lm-eval notes where a task's file lies on this machine.
-    text = results.clean(json.dumps(kept, indent=1, ensure_ascii=False, allow_nan=False, default=str))
-    results.write_text(folder / "lm_eval.json", text + "\n")
+    results.write_json(folder / "lm_eval.json", kept, paths=False)  # lm-eval notes where a task's file lies
     data = {
         "tasks": tasks,
         "files": files,

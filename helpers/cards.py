@@ -14,7 +14,7 @@ import time
 
 from helpers import CACHE
 
-SHARES = 3  # notebooks that may share a card while none of them measures time
+SHARES = 6  # notebooks that may share a card while none of them measures time: as many as make -j starts, at most
 WAIT_SECONDS = 0.5
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig  # noqa: E402
 
-from helpers import params  # noqa: E402
+from helpers import params, results  # noqa: E402
 from helpers.setup import calibrated, coqa, models  # noqa: E402
 from helpers.setup.device import device_and_dtype  # noqa: E402
 
@@ -77,7 +77,8 @@ def main() -> None:
         ratios = [r["perplexity_ratio"] for r in rows if all(r[k] == v for k, v in recipe.items())]
         means[", ".join(f"{k} {v}" for k, v in recipe.items())] = sum(ratios) / len(ratios)
     found = {"study": options.study, "calibrated_on": SAMPLES, "rows": rows, "mean_perplexity_ratio": means}
-    options.out.write_text(json.dumps(found | {"best": min(means, key=means.get)}, indent=2) + "\n")
+    found |= {"best": min(means, key=means.get), "provenance": results.provenance(study, None)}
+    results.write_json(options.out, found)
     print(json.dumps(means, indent=2))
 
 

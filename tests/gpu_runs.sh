@@ -1,26 +1,48 @@
 #!/usr/bin/env bash
-# What executed/reference/h200 holds, on one machine with four GPUs: tests/gpu_runs.sh SECONDS [PYTHON]
-# Accuracy first on the last card, hardware on the others; then hardware on all. What fails is left out, what is finished
-# is kept: after SECONDS, or on another machine, the same call goes on.
+# What executed/reference holds of GPU runs, on one machine with two GPUs or more: tests/gpu_runs.sh SECONDS [PYTHON]
+# The last card does what may share a card (accuracy), the others time the hardware; then all of them time what is left.
+# What fails is left out, what is finished is kept: after SECONDS, or on another machine, the same call goes on.
 set -u
 end=$(( $(date +%s) + $1 )); python=${2:-python3}
 last=$(( $(nvidia-smi -L | wc -l) - 1 )); others=$(seq -s, 0 $(( last > 0 ? last - 1 : 0 )))
+export ACCEPT_GEMMA_TERMS=1 # whoever calls this has read them
+mkdir -p executed/logs
 
-run() { # cards, then make's arguments; until the time is over
-  local cards=$1; shift
-  CUDA_VISIBLE_DEVICES=$cards timeout -k 5 $(( end - $(date +%s) )) make -k PYTHON="$python" "$@"
+run() { # name of the log, cards, then a command; until the time is over
+  local log=executed/logs/$1.log cards=$2; shift 2
+  echo "$(date +%T) start $*" >> "$log"
+  CUDA_VISIBLE_DEVICES=$cards timeout -k 5 $(( end - $(date +%s) )) "$@" >> "$log" 2>&1
+  echo "$(date +%T) end $? $*" >> "$log"
+}
+study() { run "$1-$3" "$2" make -k PYTHON="$python" "${@:4}" "$3" STUDY="$1"; }
+model() { until [ -e ".cache/$1" ] || [ "$(date +%s)" -gt "$end" ]; do sleep 1; done; }
+
+timed="fp16 nf4 fp4 gptq fp8 int8"
+smollm2=SmolLM2-135M-Instruct.Q4_1.gguf
+gemma=gemma-3-270m-q4_k_m.gguf
+
+hardware() {
+  study llama-3.2-1b-random "$others" hardware -j8 CONFIGS=gptq PROCESSES=1
+  model $smollm2
+  study smollm2-135m "$others" hardware -j8 CONFIGS="$timed" PROCESSES=3
 }
 
-accuracy() {
-  run "$last" -j3 accuracy STUDY=smollm2-135m
-  [ -e .cache/data ] && run "$last" -j3 accuracy STUDY=smollm2-135m-public
+shared() { # all that may share a card, at once: the locks of helpers/cards.py keep their number down
+  run check_gpu "$last" "$python" tests/check_gpu.py --json executed/check_gpu.json
+  model $smollm2
+  run gpu_tests "$last" "$python" -m pytest -q -p no:cacheprovider tests/test_architectures.py tests/test_dialogue.py -k "gpu or captured" &
+  study smollm2-135m "$last" accuracy -j3 &
+  { model $gemma; study gemma3-270m "$last" accuracy -j4; } &
+  { [ -e .cache/data ] && study smollm2-135m-public "$last" accuracy -j2; } &
+  study smollm2-135m-calibration "$last" accuracy -j2 &
+  run recipe "$last" "$python" tests/bench_recipe.py --seeds 0 1 2 --out executed/recipe.json &
+  wait
+  run bench_eval "$last" make PYTHON="$python" bench-eval CONFIGS="fp16" LIMIT=20
+  run bench_peer "$last" make PYTHON="$python" bench-peer
 }
 
-llama="STUDY=llama-3.2-1b-random"
-small="STUDY=smollm2-135m"
-{ accuracy; run "$last" -j1 hardware $small CONFIGS="fp16 nf4 fp4" ; } &
-run "$others" -j3 hardware $llama CONFIGS="fp16 nf4 fp4 gptq fp8 int8"
-run "0,$others" -j4 hardware $small CONFIGS="fp16 nf4 fp4 int8" PROCESSES=3
-run "0,$others" -j4 hardware $small PROCESSES=1
+hardware & shared
+study gemma3-270m "$last" hardware CONFIGS="fp16 nf4 fp4 gptq" PROCESSES=1
 wait
-run "0,$others,$last" -j4 hardware $llama PROCESSES=1
+study gemma3-270m "0,$others,$last" hardware -j8 CONFIGS="$timed" PROCESSES=3
+study llama-3.2-1b-random "0,$others,$last" hardware -j8 CONFIGS="$timed" PROCESSES=3

@@ -41,6 +41,7 @@ from helpers.evaluate.answers import answer
 from helpers.evaluate.architectures import longest, unsupported
 from helpers.evaluate.limits import CPU_CONTEXTS, Limits, halving, tokens_at_a_time
 from helpers.evaluate.prefixes import Group
+from helpers.evaluate.processes import dealt
 from helpers.evaluate.requests import Endings, Request
 from helpers.evaluate.scores import Scored, score
 from helpers.setup.methods import quantization_arguments
@@ -66,7 +67,8 @@ class HFDialogue(HFLM):
     that is "auto"). Everything else is HFLM's.
 
     After a run: `seconds` by phase, `counts`, `fallbacks` (reason -> requests), `limits` (of the last round),
-    `generated` (token ids of the last call's answers, in its order; None where HFLM answered).
+    `generated` (token ids of the last call's answers, in its order; None where HFLM answered). Under `accelerate
+    launch` all of it is of what this process ran (helpers.evaluate.processes).
     """
 
     def __init__(
@@ -82,6 +84,9 @@ class HFDialogue(HFLM):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if accelerator := getattr(self, "accelerator", None):
+            # HFLM looks at one machine's GPUs and processes: on CPUs every process would answer everything.
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         settings = getattr(self.model, "generation_config", None)
         if getattr(settings, "max_new_tokens", None):
             logger.warning(
@@ -149,6 +154,9 @@ class HFDialogue(HFLM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """The answers to lm-eval's requests (context, generation arguments), in their order. An error leaves
         finished answers in lm-eval's cache (`use_cache`) and nothing behind in the model."""
+        return self._dealt(requests, lambda mine: self._generate(mine, disable_tqdm))
+
+    def _generate(self, requests, disable_tqdm: bool) -> list[str]:
         self.generated = [None] * len(requests)
         answers: list[str | None] = [None] * len(requests)
         with self.timed("total"):
@@ -173,14 +181,27 @@ class HFDialogue(HFLM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As HFLM's: (log-likelihood, whether greedy decoding would say it) of each (context, continuation)."""
+        return self._dealt(requests, lambda mine: self._loglikelihood(mine, disable_tqdm))
+
+    def _loglikelihood(self, requests, disable_tqdm: bool) -> list[tuple[float, bool]]:
         texts = [(context.rstrip(), context + continuation) for context, continuation in (r.args for r in requests)]
         with self.timed("total"), self._encoded_ahead([text for pair in texts if pair[0] for text in pair]):
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """As HFLM's, with all windows of all texts at once."""
+        """As HFLM's, with all windows of all texts at once. Texts share nothing: each process keeps its own."""
         with self.timed("total"), self._encoded_ahead([r.args[0] for r in requests]), self._batches_of(2**31):
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+    def _dealt(self, requests, answer: Callable[[list], list]) -> list:
+        """Answers by all processes, so that none runs what another does. lm-eval's cache is each process's own, and
+        who finds all in it isn't here to be asked: with it each answers for itself."""
+        if self.world_size == 1:
+            return answer(requests)
+        if getattr(self.cache_hook, "dbdict", None) is not None:
+            logger.warning("--use_cache: each process answers its own requests, and runs what others run as well")
+            return answer(requests)
+        return dealt(self, requests, answer)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs=None):
         self.encoded = {}
@@ -221,7 +242,8 @@ class HFDialogue(HFLM):
                 found.extend(call())
 
         with self.timed("stock"):
-            size = self.given_batch
+            # To find a size, HFLM's processes wait for one another; others may have nothing to answer here.
+            size = self.given_batch if self.world_size == 1 or isinstance(self.given_batch, int) else 1
             halving(self, max(size, most), attempt) if isinstance(size, int) else attempt(size)
         return found
 

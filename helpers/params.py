@@ -168,8 +168,7 @@ class Study(Strict):
     title: Line
     model: Model
     formats: Several[Name] | None = None  # of params/formats; none: all
-    # one source or a list; none: hardware only
-    data: Annotated[
+    data: Annotated[  # one source or a list; none: hardware only
         Annotated[Data, Tag("one")] | Annotated[Several[Data], Tag("several")],
         Discriminator(lambda given: "several" if isinstance(given, list) else "one"),
     ] | None = None  # fmt: skip
@@ -179,6 +178,7 @@ class Study(Strict):
     statistics: Statistics = Statistics()
     seed: Seed = 1234
     folder: Line | None = None  # of the results; none: executed/STUDY
+    beside: list[Name] = []  # studies of other models, whose formats the report sets beside these
 
     @model_validator(mode="after")
     def _sound(self):

@@ -7,30 +7,38 @@ there is typed; everything else in README.md is.
 import json
 
 from helpers import ROOT, StudyError, params, results
-from helpers.analysis import claims, contrasts, evidence, frames, sentences
+from helpers.analysis import beside, claims, contrasts, evidence, frames, sentences
 from helpers.analysis.style import NONE, number, percent, times
 
 MARKS = ("<!-- found: rendered by make readme from executed/reference -->", "<!-- end of found -->")
-STUDIES = ("smollm2-135m-public", "smollm2-135m", "llama-3.2-1b-random")  # three data sets, the claims, the hardware
+# three data sets, the claims, the hardware, another model
+STUDIES = ("smollm2-135m-public", "smollm2-135m", "llama-3.2-1b-random", "gemma3-270m")
 SHOWN = ("nf4", "fp4", "int8", "fp8")
 
 
-def answer(f: frames.Frames, rows, hardware: frames.Frames) -> list[str]:
-    """The table: what a format keeps of F1, its memory, and its decode time at the smallest and the largest batch."""
+def answer(f: frames.Frames, rows, hardware: frames.Frames, other: frames.Frames, others) -> list[str]:
+    """The table: what a format keeps of F1 on two models, its memory, and its decode time at the smallest and the
+    largest batch."""
+    others = contrasts.vs_full(other, others)
     rows, ratios, size = contrasts.vs_full(f, rows), hardware.ratios(), hardware.sizes.allocated
     mode = contrasts.fastest_mode(hardware, ratios)
     batches = ratios.batch[(ratios.phase == "decode") & (ratios["mode"] == mode)]
     ends = int(batches.min()), int(batches.max())
     decode = [contrasts.at(ratios, "decode", batch=b, mode=mode).ratio for b in ends]
-    lines = [f"| | F1 kept | memory | decode, batch {ends[0]} | decode, batch {ends[1]} |", "|---|---|---|---|---|"]
+    models = " | ".join(f"F1 kept, {study.study.model.name}" for study in (f, other))
+    lines = [
+        f"| | {models} | memory | decode, batch {ends[0]} | decode, batch {ends[1]} |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in (name for name in SHOWN if name in rows.index):
-        row = rows.loc[name]
-        kept = sentences.recovered(row.recovery, row.recovery_low, row.recovery_high)
+        found = [part.loc[name] for part in (rows, others)]
+        kept = [sentences.recovered(row.recovery, row.recovery_low, row.recovery_high) for row in found]
         memory = percent(size.get(name) / size.get(hardware.full), 0) if name in size else NONE
-        cells = [f"**{f.label(name)}**", kept, memory, *(times(column.get(name)) for column in decode)]
+        cells = [f"**{f.label(name)}**", *kept, memory, *(times(column.get(name)) for column in decode)]
         lines.append(f"| {' | '.join(cells)} |")
     where = f"Memory and time: Llama-3.2-1B's shape, {frames.MODES[mode]}, {sentences.device(hardware)}."
-    return [*lines, "", f"All vs {f.label(f.full)}. F1: {f.study.model.name}, {sentences.counts(f)} {where}"]
+    n = [f"{study.study.model.name}, {sentences.counts(study).split(';')[0]}" for study in (f, other)]
+    return [*lines, "", f"All vs full precision. F1: {'; '.join(n)}; {sentences.counts(f).split('; ')[1]} {where}"]
 
 
 def pipeline(measured: dict) -> str:
@@ -47,18 +55,19 @@ def rendered(text: str) -> str:
     """README.md's text with its findings rendered again. Raises StudyError if the marks are gone."""
     if any(text.count(mark) != 1 for mark in MARKS):
         raise StudyError(f"README.md: the lines {MARKS[0]!r} and {MARKS[1]!r} must each stand there once")
-    wide, own, hardware = (frames.load(f"executed/reference/h200/{name}") for name in STUDIES)
-    paper, rows = params.read_paper(), contrasts.table(wide)
+    wide, own, hardware, other = (frames.load(f"executed/reference/h200/{name}") for name in STUDIES)
+    paper, rows, others = params.read_paper(), contrasts.table(wide), contrasts.table(other)
     facts, shape = evidence.facts(own, paper), evidence.facts(hardware, paper)
     pair = rows[(rows.a == "nf4") & (rows.b == "fp4")]
     found = [sentences.differs(wide, row) for _, row in pair.iterrows()]
     found += sentences.heterogeneity(wide, contrasts.pooled(wide, contrasts.groups(wide, "data_set")))
+    found += [beside.order(own, facts.every, other, others)]
     found += sentences.compiled(hardware, shape.ratios)
     found += sentences.by_chance(own, contrasts.vs_full(own, facts.every), contrasts.vs_full(own, facts.last))
     found += sentences.redraws(own, facts.designs[:1])
-    lines = [*answer(wide, rows, hardware), "", *(f"- {text}" for text in found)]
+    lines = [*answer(wide, rows, hardware, other, others), "", *(f"- {text}" for text in found)]
     lines += ["", f"Of the paper's {len(paper['claims'])} claims:", ""]
-    lines += [f"- {text}" for text in sentences.claims(claims.judged(facts), claims.judged(shape))]
+    lines += [f"- {text}" for text in sentences.claims(claims.judged(shape), claims.judged(facts))]
     lines += ["", pipeline(json.loads((ROOT / "executed/reference/bench_pipeline.json").read_text())), ""]
     before, rest = text.split(MARKS[0])
     return f"{before}{MARKS[0]}\n\n" + "\n".join(lines) + MARKS[1] + rest.split(MARKS[1])[1]

@@ -58,8 +58,8 @@ def stories(f: Frames) -> dict:
         doc = row["doc"]
         key = doc.get("data_set", "dialogues"), str(doc["id"])
         text, question = doc.get("text"), doc.get("question")
-        if text and question and key not in found:  # the first turn: nothing but the story stands before its question
-            found[key] = text.split(f"\n\nQ: {question}")[0] if int(doc["turn"]) == 1 else text.split("\n\nQ: ")[0]
+        if text and question and int(doc["turn"]) == 1:  # nothing but the story stands before its first question
+            found[key] = text.split(f"\n\nQ: {question}")[0]
     return found
 
 

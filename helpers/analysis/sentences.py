@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from helpers.analysis import contrasts, durations
+from helpers.analysis.evidence import FAILS, HOLDS, OPEN
 from helpers.analysis.frames import MODES, Frames
 from helpers.analysis.style import interval, number, percent, points, times
 
@@ -52,7 +53,7 @@ def caveats(f: Frames, paper: dict) -> list[str]:
     if f.study.model.already_quantized:
         said.append(
             f"Its weights are no original but {f.study.model.already_quantized}: full precision means what they hold "
-            "after that, and formats with a similar grid may be flattered."
+            "after that."
         )
     for status, word in (("skipped", "not run"), ("failed", "failed")):
         odd = f.runs[f.runs.status == status].drop_duplicates(["configuration", "reason"])
@@ -201,10 +202,14 @@ def counted(n: int, verdict: str) -> str:
 
 
 def claims(*judged: pd.DataFrame) -> list[str]:
-    """How many of the paper's claims stand, by kind; of several runs the first that decides one counts."""
+    """How many of the paper's claims stand, by kind; of several runs the first that measured one counts, decided or
+    not."""
     rows = pd.concat(judged)
-    rows["open"] = rows.verdict == "cannot be decided"
-    rows = rows.sort_values("open", kind="stable").drop_duplicates("id")
+    rows["missing"] = rows.kind == "not testable here"
+    rows = rows.sort_values("missing", kind="stable").drop_duplicates("id")
+    rows = rows.sort_values(
+        "verdict", key=lambda said: said.map({HOLDS: 0, FAILS: 2, OPEN: 3}).fillna(1), kind="stable"
+    )
     kinds = rows.groupby("kind").verdict.value_counts(sort=False).groupby(level=0)
     parts = {kind: [counted(n, word) for (_, word), n in part.items()] for kind, part in kinds}
     return [f"{kind[0].upper()}{kind[1:]}: {', '.join(words)}." for kind, words in parts.items()]

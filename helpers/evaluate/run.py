@@ -108,8 +108,12 @@ def measure_answers(samples: list[dict], tokenizer, limit: int) -> None:
 
 
 def slim(row: dict) -> dict:
-    """A sample without lm-eval's `arguments`: they hold the prompt (`doc.text`) again, half of the file."""
-    return {key: value for key, value in row.items() if key != "arguments"}
+    """A sample without its prompt: lm-eval's `arguments` and `doc.text` both hold it, longer with every turn, and two
+    hashes speak of it. A dialogue's first row keeps `doc.text`, which is the story.
+    """
+    doc = {k: v for k, v in row["doc"].items() if k != "text" or row["doc"].get("turn", 1) == 1}
+    left_out = ("arguments", "prompt_hash", "target_hash")
+    return {key: value for key, value in row.items() if key not in left_out} | {"doc": doc}
 
 
 def without_texts(row: dict) -> dict:

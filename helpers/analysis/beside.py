@@ -1,0 +1,48 @@
+"""The same formats on another model: do they keep their order there? Study parameter `beside` names the studies."""
+
+import pandas as pd
+
+from helpers import ROOT, results
+from helpers.analysis import contrasts, frames, sentences, style
+from helpers.analysis.frames import Frames
+
+
+def load(f: Frames) -> list[Frames]:
+    """The studies that `beside` names, of those whose results lie beside this study's."""
+    folders = [results.folder(f.study).parent / name for name in f.study.beside]
+    return [frames.load(str(folder.relative_to(ROOT))) for folder in folders if (folder / "setup.json").is_file()]
+
+
+def grid(f: Frames) -> str:
+    return f"{f.study.model.name}, from {(f.study.model.already_quantized or 'original weights').split(',')[0]}"
+
+
+def recoveries(studies: list[Frames]) -> pd.DataFrame:
+    """A row per format and a column per study: the share of full precision's F1 kept, with its interval, as text."""
+    columns = {}
+    for f in studies:
+        rows = contrasts.vs_full(f, contrasts.table(f))
+        columns[grid(f)] = style.with_interval(
+            rows, "recovery", "recovery_low", "recovery_high", lambda value: style.number(value, 0)
+        ).rename(index=f.label)
+    return pd.DataFrame(columns).rename_axis("F1 kept (%)").reset_index()
+
+
+def separated(rows: pd.DataFrame) -> set[tuple[str, str]]:
+    """(better, worse) of every pair of `contrasts.table` whose F1 differs; full precision's pairs left out."""
+    rows = rows[rows.differs & ~(rows.primary & rows.recovery.notna())]
+    return {(r.a, r.b) if r.difference < 0 else (r.b, r.a) for r in rows.itertuples()}
+
+
+def order(f: Frames, rows: pd.DataFrame, other: Frames, others: pd.DataFrame) -> str:
+    """One sentence: in how many pairs of formats both models agree."""
+    here, there = separated(rows), separated(others)
+    turned = sorted(f"{f.label(a)} and {f.label(b)}" for a, b in here if (b, a) in there)
+    only = sorted(f"{f.label(a)} above {f.label(b)}" for a, b in there - here if {a, b} <= set(f.configurations.index))
+    said = (
+        f"F1 separates {len(here)} pairs of formats on {grid(f)}. On {grid(other)}, {len(here & there)} of them come "
+    )
+    said += f"out the same way and {len(turned)} the other way round" + (
+        f" ({sentences.listed(turned)})" if turned else ""
+    )
+    return said + (f"; it also puts {sentences.listed(only)}." if only else ".")

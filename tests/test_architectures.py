@@ -1,6 +1,7 @@
 """Every architecture that hf-dialogue runs answers and scores as lm-eval's HFLM does; every other one is left to it."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,12 +129,27 @@ def test_models_that_can_t_be_run_say_why(tokenizer, tmp_path):
         torch.distributed.destroy_process_group()
     apart = small("llama", tokenizer)
     apart.lm_head.to("meta")
+    assert "offloaded" in unsupported(apart)
+    apart.parameters = lambda: iter([SimpleNamespace(device=torch.device("cuda", n)) for n in (0, 1)])
     assert unsupported(apart) == "weights on 2 devices"
     both_ways = small("gemma3_text", tokenizer, use_bidirectional_attention=True)
     assert unsupported(both_ways) == "attention to later tokens"
     assert "layers of type chunked_attention" in unsupported(
         small("llama", tokenizer, layer_types=["full_attention", "chunked_attention"])
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the weights fit on the GPU")
+def test_weights_that_are_offloaded_are_left_to_stock(tokenizer, tmp_path):
+    small("llama", tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    given = {"pretrained": str(tmp_path / "model"), "device": "cpu", "parallelize": True}
+    given |= {"offload_folder": str(tmp_path / "disk"), "batch_size": 8}
+    stock, mine = HFLM(**given), HFDialogue(**given)
+    assert mine.generate_until(requests(SHOTS), True) == stock.generate_until(requests(SHOTS), True)
+    pairs = choices([(shot, " because") for shot in SHOTS])
+    assert mine.loglikelihood(pairs, True) == stock.loglikelihood(pairs, True)
+    assert mine.fallbacks == {"weights that are fetched when they are needed (offloaded)": 2 * len(SHOTS)}
 
 
 def varlen(query, key, value, queries, keys, most_queries, most_keys, scale, window_size):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine import MIXED, SHOTS, byte_tokenizer, choices, conversation, small
+from engine import MIXED, SHOTS, byte_tokenizer, choices, conversation, requests, small
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
@@ -47,11 +47,20 @@ def said(found: dict) -> dict:
     return {"samples": samples, "scores": scores}
 
 
+def mixed() -> list:
+    """Requests of which the first is not for hf-dialogue to answer."""
+    asked = requests(MIXED)
+    asked[0].arguments[1]["num_beams"] = 2
+    return asked
+
+
 def main(model: str, out: str) -> None:
     """What every process does."""
     lm = get_model("hf-dialogue")(pretrained=model, device="cpu", dtype="float32")
     found = evaluate(lm)
     report = {"counts": dict(lm.counts), "fallbacks": dict(lm.fallbacks), "size": lm.world_size}
+    report["mixed"] = lm.generate_until(mixed()[lm.rank :: lm.world_size], True)
+    report["left"] = dict(lm.fallbacks)
     texts = MIXED[lm.rank :: lm.world_size]
     report["rolling"] = lm.loglikelihood_rolling(choices([(t,) for t in texts], "loglikelihood_rolling"), True)
     report |= said(found) if lm.rank == 0 else {}
@@ -71,6 +80,7 @@ def test_two_processes_answer_as_one_and_as_stock_does(tmp_path):
         env=os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"{n}.json").read_text()) for n in range(2)]
@@ -89,6 +99,9 @@ def test_two_processes_answer_as_one_and_as_stock_does(tmp_path):
     # Of three stories one at most is run by both; with lm-eval's own dealing all would be.
     assert sum(r["counts"]["prefill_tokens"] for r in ranks) < 4 / 3 * one.counts["prefill_tokens"]
     assert all(r["counts"]["prefill_tokens"] > 0.2 * one.counts["prefill_tokens"] for r in ranks)
+    answers = one.generate_until(mixed(), True)
+    assert [r["mixed"] for r in ranks] == [answers[0::2], answers[1::2]]
+    assert sorted(sum(r["left"].values()) for r in ranks) == [0, 1]
     rolling = one.loglikelihood_rolling(choices([(t,) for t in MIXED], "loglikelihood_rolling"), True)
     for n, r in enumerate(ranks):
         assert r["rolling"] == pytest.approx(rolling[n::2], rel=1e-5)

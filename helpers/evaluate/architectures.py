@@ -38,6 +38,8 @@ def unsupported(model) -> str | None:
     if any(type(p).__name__ == "DTensor" for p in model.parameters()):
         return "weights that are split over devices (tensor parallel)"
     devices = {p.device for p in model.parameters()}
+    if torch.device("meta") in devices:
+        return "weights that are fetched when they are needed (offloaded)"
     if len(devices) > 1:
         return f"weights on {len(devices)} devices"
     return None

@@ -227,7 +227,7 @@ bench-rehearsal: $(ENV) ## rehearse the gated study llama-3.2-1b with a random m
 	$(PY) tests/bench_rehearsal.py $(if $(TINY),--tiny --configs fp16 nf4 --out rehearsal.json)
 
 bench-eval: $(ENV) ## hf-dialogue against stock lm-eval, side by side (LIMIT=dialogues)
-	$(PY) tests/bench_eval.py --study $(STUDY) --limit $(or $(LIMIT),20) --configurations $(CONFIGS)
+	TOKENIZERS_PARALLELISM=true $(PY) tests/bench_eval.py --study $(STUDY) --limit $(or $(LIMIT),20) --configurations $(CONFIGS)
 
 bench-peer: $(ENV) ## prefill and decode beside optimum-benchmark's (pip install optimum-benchmark==0.6.0)
 	$(PY) tests/bench_peer.py --study $(STUDY)

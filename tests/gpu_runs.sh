@@ -22,14 +22,12 @@ smollm2=SmolLM2-135M-Instruct.Q4_1.gguf
 gemma=gemma-3-270m-q4_k_m.gguf
 
 hardware() {
-  study llama-3.2-1b-random "$others" hardware -j8 CONFIGS=gptq PROCESSES=1
   model $smollm2
-  study smollm2-135m "$others" hardware -j8 CONFIGS="$timed" PROCESSES=3
+  for part in "fp16 nf4 fp4" "gptq fp8 int8"; do study smollm2-135m "$others" hardware -j$last CONFIGS="$part" PROCESSES=3; done
 }
 
 shared() { # all that may share a card, at once: the locks of helpers/cards.py keep their number down
-  run check_gpu "$last" "$python" tests/check_gpu.py --json executed/check_gpu.json
-  model $smollm2
+  until [ -e executed/smollm2-135m/setup.json ]; do sleep 1; done # that two start one notebook is refused
   run gpu_tests "$last" "$python" -m pytest -q -p no:cacheprovider tests/test_architectures.py tests/test_dialogue.py -k "gpu or captured" &
   study smollm2-135m "$last" accuracy -j3 &
   { model $gemma; study gemma3-270m "$last" accuracy -j4; } &
@@ -37,8 +35,9 @@ shared() { # all that may share a card, at once: the locks of helpers/cards.py k
   study smollm2-135m-calibration "$last" accuracy -j2 &
   run recipe "$last" "$python" tests/bench_recipe.py --seeds 0 1 2 --out executed/recipe.json &
   wait
-  run bench_eval "$last" make PYTHON="$python" bench-eval CONFIGS="fp16" LIMIT=20
+  run bench_eval "$last" "$python" tests/bench_eval.py --limit 20 --configurations fp16 --stock-batch-sizes 64 256
   run bench_peer "$last" make PYTHON="$python" bench-peer
+  run check_gpu "$last" "$python" tests/check_gpu.py --json executed/check_gpu.json
 }
 
 hardware & shared

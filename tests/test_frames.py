@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from helpers import ROOT, StudyError, params, results, schema_fidelity
-from helpers.analysis import contrasts, durations, frames, plots, sentences, style, tables
+from helpers.analysis import beside, contrasts, durations, frames, plots, sentences, style, tables
 
 REFERENCE = "executed/reference/h200/smollm2-135m"
 HARDWARE = "executed/reference/h200/llama-3.2-1b-random"
@@ -52,15 +52,10 @@ def copied():
     shutil.rmtree(target)
 
 
-def test_the_floor_of_flips_is_full_precisions_own(copied, reference):
-    assert pd.isna(reference.engine.same_text["fp16"])  # these results are older
-    path = copied[0] / "fp16/evaluation.json"
-    envelope = json.loads(path.read_text()) | {"schema_version": 1}
-    del envelope["sha256"]
-    own = {"same_text": 0.97, "right_to_wrong": 0.002, "wrong_to_right": 0.001, "f1_difference": -0.001}
-    path.write_text(json.dumps(envelope | {"data": envelope["data"] | {"floor": own}}))
-    engine = frames.load(copied[0]).engine
-    assert engine.loc["fp16", list(own)].to_dict() == own and engine.loc["nf4", list(own)].isna().all()
+def test_the_floor_of_flips_is_full_precisions_own(reference):
+    own = results.read(ROOT / REFERENCE / "fp16/evaluation.json").data["floor"]
+    assert reference.engine.loc["fp16", list(own)].to_dict() == own and own["same_text"] > 0.95
+    assert reference.engine.loc["nf4", list(own)].isna().all()
 
 
 def test_every_column_is_documented(reference):
@@ -230,7 +225,7 @@ def test_the_opposite_finding_gives_the_opposite_sentences(reference, all_turns,
         ("equal within 1.5 points", -0.016, "Yes: it loses less than 1.5 F1 points."),
         ("above", 0.01, "Yes: it even scores higher here."),
         ("n too small to say", -0.09, "n is too small to say what it costs."),
-        (None, np.nan, "It runs in 42% of FP16's file size; what it costs, these answers cannot say: no interval."),
+        (None, np.nan, "It runs in 42% of FP16's memory; what it costs, these answers cannot say: no interval."),
     ],
 )
 def test_the_answer_follows_the_verdict_and_what_it_may_cost(reference, all_turns, verdict, low, answer):
@@ -244,6 +239,24 @@ def test_a_gain_of_chance_is_told_with_its_interval(reference, all_turns):
     (said,) = sentences.by_chance(reference, *(contrasts.vs_full(reference, rows) for rows in (all_turns, last)))
     assert "INT4 (rounded) 2.1 points above FP16 (n = 50)" in said and "loses 5.4 points" in said
     assert sentences.by_chance(reference, *[contrasts.vs_full(reference, all_turns)] * 2) == []
+
+
+def test_formats_are_set_beside_another_models(reference, all_turns):
+    study = reference.study.model_copy(update={"beside": ["gemma3-270m", "not-there"], "folder": REFERENCE})
+    f = reference._replace(study=study)
+    (other,) = beside.load(f)
+    rows = contrasts.table(other)
+    assert other.study.study == "gemma3-270m" and ("nf4", "int4") in beside.separated(rows) - beside.separated(
+        all_turns
+    )
+    said = beside.order(f, all_turns, other, rows)
+    assert "and 0 the other way round" in said and "NF4 above INT4 (rounded)" in said
+    turned = all_turns.assign(difference=-all_turns.difference)
+    pairs = len(beside.separated(all_turns))
+    assert f"0 of them come out the same way and {pairs} the other way round (" in beside.order(
+        f, all_turns, other, turned
+    )
+    assert list(beside.recoveries([f, other]).columns)[1:] == [beside.grid(f), beside.grid(other)]
 
 
 def test_neighbours_in_perplexity_are_separated_only_where_the_pairs_say_so(reference):
@@ -266,7 +279,9 @@ def test_a_text_of_ones_own_is_a_table():
 
 def test_caveats_name_what_is_missing_and_what_is_quantized_in_part(reference):
     said = " ".join(sentences.caveats(reference, params.read_paper()))
-    assert "empty below: memory and times." in said and "quantized only" not in said
+    assert "empty below" not in said and "quantized only" not in said
+    timed = sentences.caveats(frames.load(HARDWARE), params.read_paper())
+    assert "Not measured in this study, so empty below: accuracy, fidelity, weights." in timed
     partly = reference.configurations.assign(quantized_share=0.5)
     said = sentences.caveats(reference._replace(configurations=partly), params.read_paper())
     assert "NF4 quantized only 50.0% of the linear weights." in said

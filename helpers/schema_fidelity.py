@@ -185,41 +185,6 @@ class WeightErrors(Exact):
     seconds: float
 
 
-class Loss(Exact):
-    format: str
-    relative_squared_error: float  # of the weights that were quantized
-    ln_ratio: float  # of perplexity
-    kl: float  # mean, nats
-
-
-class BlockLoss(Loss):
-    depth: int
-
-
-class Correlation(Exact):
-    """Spearman's, of relative_squared_error with kl and with ln_ratio; None where one does not vary."""
-
-    n: int
-    kl: float | None
-    ln_ratio: float | None
-
-
-class SignTest(Exact):
-    count: int  # blocks in which FP4 has the larger KL
-    n: int
-    p: float | None
-
-
-class Sensitivity(Exact):
-    texts: int  # whose beginnings were read
-    tokens: int
-    layers: list[BlockLoss]  # one block of layers quantized at a time
-    formats: list[Loss]  # all layers
-    spearman: dict[str, Correlation]  # layers_nf4, layers_fp4, formats
-    fp4_loses_more: SignTest
-    seconds: float
-
-
 class Difference(Interval):
     difference: float  # from full precision
     p: float | None
@@ -253,6 +218,5 @@ class Weights(Exact):
     """What formats do to the full-precision weights, once per study."""
 
     weights: WeightErrors | NotDone
-    sensitivity: Sensitivity | NotDone
     noise: Noise | NotDone
     left_out: list[LeftOut] | None = None

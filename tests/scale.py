@@ -37,7 +37,7 @@ def measured() -> dict:
         "01": median(one["seconds"] + one["loading"]["load_seconds"] for one in data("*/evaluation.json", ACCURACY)),
         "02": median(one["measure_seconds"] for one in data("*/benchmark*.json", HARDWARE)),
         "03": median(sum(one["seconds"].values()) for one in data("*/fidelity.json", ACCURACY)),
-        "03_weights": sum(weights[part]["seconds"] for part in ("weights", "sensitivity", "noise")),
+        "03_weights": sum(weights[part]["seconds"] for part in ("weights", "noise")),
         "questions": data("fp16/evaluation.json", ACCURACY)[0]["engine"]["counts"]["requests"],
         "accuracy_parameters": sizes[ACCURACY]["parameters"],
         "hardware_parameters": sizes[HARDWARE]["parameters"],

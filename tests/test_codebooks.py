@@ -57,11 +57,6 @@ def test_errors_from_densities_are_those_of_rounding(name):
     expected = ((weight.flatten() - brute).double() ** 2).sum() / (weight.double() ** 2).sum()
     density = codebooks.density(x, absmax.double() ** 2)
     assert codebooks.relative_squared_error(density, levels).item() == pytest.approx(expected.item(), rel=1e-3)
-    rounded = codebooks.round_to(weight, levels, 128).flatten()
-    # a weight halfway between two levels may go either way
-    torch.testing.assert_close(
-        (rounded - weight.flatten()).abs(), (brute - weight.flatten()).abs(), rtol=1e-4, atol=1e-6
-    )
 
 
 def test_lloyd_max_is_the_optimum_of_brute_force():

@@ -337,7 +337,6 @@ def test_what_conv1d_layers_do_not_allow_has_a_reason(gpt2):
     text = texts.Text("set", "d", torch.arange(20), np.r_[-1, np.zeros(19, int)])
     for part in (
         lambda: formats.analyse(gpt2, [64]),
-        lambda: perturb.sensitivity(gpt2, [text], {}),
         lambda: perturb.noise(gpt2, [text], [0], OPTIONS),
     ):
         assert "GPT2LMHeadModel has no" in or_reason(part)["reason"]

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import kstest, rankdata
+from scipy.stats import kstest
 
 from helpers import StudyError
 from helpers.analysis.weight_claims import noise_helps
-from helpers.fidelity import codebooks, compare, formats, perturb, texts
+from helpers.fidelity import formats, perturb, texts
 from helpers.schema import DATA
 from helpers.setup import coqa
 from helpers.setup.layers import linear_layers
@@ -154,83 +154,14 @@ def test_perplexity_of_block_sizes(model, short):
     assert rows[0]["ln_ratio"] == pytest.approx(np.log(rows[0]["ppl"] / found["ppl_full"]))
 
 
-def test_starting_at_a_block_is_exact(model, short):
-    """With the blocks before it skipped, a changed block leads to the same loss as a whole forward pass."""
-    blocks = perturb._blocks(model)
-    entering, reference = perturb._reference(model, blocks, short)
-    assert len(entering) == len(blocks)
-    name = "model.layers.2.mlp.down_proj"
-    new = {name: formats.round_trip(model.get_submodule(name).weight, "fp4")}
-    with perturb.swapped(model, new):
-        whole = perturb._loss(model, short, reference)
-        with perturb._starting_at(blocks, 2, entering):
-            skipped = perturb._loss(model, short, reference)
-    assert skipped == pytest.approx(whole, rel=1e-3, abs=1e-6) and whole["kl"] > 0
-    unchanged = perturb._loss(model, short, reference)
-    assert unchanged["kl"] == pytest.approx(0, abs=1e-5) and "forward" not in blocks[0].__dict__
-
-
-def test_loss_is_what_the_comparison_says(model, short):
-    _, reference = perturb._reference(model, perturb._blocks(model), short)
-    before, head = texts.hidden_states(model, short)[0], model.get_output_embeddings()
-    with perturb.swapped(model, perturb.nf4(model)):
-        loss = perturb._loss(model, short, reference)
-        found = compare.compare_text(short[0], before, head, texts.hidden_states(model, short)[0], head)
-    assert loss["kl"] == pytest.approx(found["kl"].mean(), rel=1e-4)
-    assert loss["ln_ratio"] == pytest.approx((found["nll"] - found["nll_full"]).mean(), abs=1e-5)
-
-
-def test_sensitivity(model, short, monkeypatch):
-    monkeypatch.setattr(perturb, "FORMATS", ("int8", "nf4", "uniform", "asymmetric", "fp4"))
-    found = perturb.sensitivity(model, short, {"uniform": codebooks.uniform()})
-    assert len(found["layers"]) == 2 * len(model.model.layers) and found["tokens"] == len(texts.scored(short[0]))
-    kl = {row["format"]: row["kl"] for row in found["formats"]}
-    assert 0 < kl["int8"] < kl["nf4"] < kl["fp4"]
-    blocks = [row["kl"] for row in found["layers"] if row["format"] == "nf4"]
-    assert all(0 < value < 10 * kl["nf4"] for value in blocks)
-    assert found["spearman"]["layers_nf4"]["n"] == BLOCKS
-    fp4 = [row["kl"] for row in found["layers"] if row["format"] == "fp4"]
-    assert found["fp4_loses_more"]["count"] == sum(b > a for a, b in zip(blocks, fp4, strict=True))
-    assert found["spearman"]["formats"]["n"] == 5
-
-
 def test_results_are_what_the_schema_says(model, short):
     weights = formats.analyse(model, [64])
     weights["block_sizes_read"] = perturb.block_sizes(model, short, weights["block_sizes"])
-    books = {name: book["levels"] for name, book in weights["codebooks"].items()}
     found = {
         "weights": weights,
-        "sensitivity": perturb.sensitivity(model, short, books),
         "noise": perturb.noise(model, short, [0], OPTIONS),
         "left_out": [],
     }
     DATA["weights"].model_validate(found, context="writing")
     assert "needs a GPU" in found["noise"]["f1_reason"]
     DATA["weights"].model_validate(found | {"noise": {"reason": "no linear layers"}}, context="writing")
-
-
-def test_spearman_is_pearson_of_ranks():
-    rng = np.random.default_rng(0)
-    rows = [
-        {"relative_squared_error": e, "kl": e + n, "ln_ratio": 1.0}
-        for e, n in zip(rng.random(20), rng.normal(0, 0.2, 20), strict=True)
-    ]
-    error, kl = ([row[key] for row in rows] for key in ("relative_squared_error", "kl"))
-    found = perturb.spearman(rows)
-    assert found["kl"] == pytest.approx(np.corrcoef(rankdata(error), rankdata(kl))[0, 1])
-    assert found["ln_ratio"] is None and found["n"] == 20
-
-
-def test_sign_test_in_closed_form():
-    # 9 of 10: 2 * (1 + 10) / 2^10
-    found = perturb.sign_test([1.0] * 9 + [-0.5, 0.0])
-    assert (found["count"], found["n"]) == (9, 10) and found["p"] == pytest.approx(22 / 1024)
-    assert perturb.sign_test([0.0])["p"] is None
-
-
-def test_a_model_without_a_list_of_blocks_is_refused():
-    class Other:
-        base_model = torch.nn.Linear(2, 2)
-
-    with pytest.raises(StudyError, match="no list of blocks"):
-        perturb._blocks(Other())

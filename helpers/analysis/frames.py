@@ -44,7 +44,6 @@ formats         index: format. relative_squared_error, sqnr_db, dtype: each form
 layers          layer, kind, depth, weights, ks_distance, excess_kurtosis, distinct_values, format,
                 relative_squared_error
 block_sizes     format, block_size, bits_per_weight, relative_squared_error, ppl, ln_ratio
-sensitivity     depth, format, relative_squared_error, ln_ratio, kl: one block of layers quantized at a time
 noise           kind (nf4, or what the noise was matched to), seed, relative_squared_error, ln_ratio, ln_low, ln_high,
                 f1, f1_low, f1_high (difference from full precision)
 hardware        configuration, process, device, gb_per_second (copy), tflops (matmul), dtype, warnings
@@ -75,7 +74,7 @@ KEYS = ["data_set", "dialogue", "turn"]
 
 
 FIELDS = """study folder full configurations samples scores times sizes largest energy profile agreement tokens texts
-confidence floor dialogues formats layers block_sizes sensitivity noise hardware runs weights engine"""
+confidence floor dialogues formats layers block_sizes noise hardware runs weights engine"""
 
 
 class Frames(namedtuple("Frames", FIELDS)):
@@ -163,7 +162,6 @@ def load(where: Study | str | Path) -> Frames:
         formats=tables.formats(weights, fidelity),
         layers=tables.layers(weights),
         block_sizes=tables.block_sizes(weights),
-        sensitivity=pd.DataFrame((weights.get("sensitivity") or {}).get("layers", [])),
         noise=tables.noise(weights.get("noise") or {}),
         hardware=tables.hardware(measured),
         runs=_runs(study, finished, runs),

@@ -144,10 +144,3 @@ def describe(levels: list[float]) -> dict:
         "largest_gap_over_smallest": ratio,
         "uniform": ratio < 1.01,
     }
-
-
-def round_to(weight: torch.Tensor, levels: torch.Tensor, block_size: int) -> torch.Tensor:
-    """The weight, each value rounded to the nearest level of its block's absmax."""
-    x, absmax = normalized(weight, block_size)
-    levels = torch.as_tensor(levels, device=x.device, dtype=torch.float32).sort().values
-    return (levels[torch.bucketize(x, _midpoints(levels))] * absmax).view(weight.shape).to(weight.dtype)

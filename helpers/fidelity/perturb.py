@@ -1,8 +1,7 @@
 """Full precision with other weights swapped in: what follows for its predictions?
 
-    floor        each weight moved by its dtype's rounding: what no difference amounts to
-    noise        random errors of NF4's size: the paper says that quantization noise regularizes; if so, they help
-    sensitivity  every layer in one format, and one block of layers at a time: does the error foretell the loss?
+    floor  each weight moved by its dtype's rounding: what no difference amounts to
+    noise  random errors of NF4's size: the paper says that quantization noise regularizes; if so, they help
 
 NF4's error is larger where a block of 64 weights is. So noise is matched to it in one of four ways:
 
@@ -20,19 +19,17 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from scipy import stats
 
 from helpers import StudyError, statistics
-from helpers.fidelity import codebooks, formats
-from helpers.fidelity.texts import Text, hidden_states, nll_sums, perplexity, scored
+from helpers.fidelity import formats
+from helpers.fidelity.texts import Text, nll_sums, perplexity
 from helpers.setup.layers import linear_layers
 
 DIALOGUES = {"cpu": 10, "cuda": 100}  # for noise: at least 10, below which there is no interval
 NOISE_TOKENS = {"cpu": 128, "cuda": None}  # of each; None: all
-BUDGET = {"cpu": (2, 128), "cuda": (20, 256)}  # texts, and tokens of each, for sensitivity
+BUDGET = 2, 128  # texts, and tokens of each, that a CPU reads for the sweep of block sizes
 SIZES_ON_CPU = (64, 1024)  # of the sweep of block sizes, with perplexity
 NOT_SCORED = "it needs a GPU: the questions are answered again for every row"
-FORMATS = ("int8", "lloyd_max", "gaussian_lloyd_max", "nf4", "uniform", "asymmetric", "fp4")
 
 
 @contextmanager
@@ -165,47 +162,14 @@ def _f1(base, other, options: dict) -> dict:
     return _difference(statistics.paired(base[0], other[0], np.array(base[1]), **options))
 
 
-# ---- sensitivity ----
-
-
-def sensitivity(model, texts: list[Text], books: dict[str, list[float]], progress=None) -> dict:
-    """Quantize one block's linear layers at a time, and the whole model in one format at a time: schema.Sensitivity.
-
-    The loss is the mean KL(full || quantized) of the next token, and ln of the perplexity ratio, over the beginnings of
-    the first texts; float32 suffices (wrong by 1e-5 nats). books: format -> 16 levels of our own codebooks
-    (`formats.analyse`). int8 quantizes the weights alone; LLM.int8() quantizes activations as well. Raises StudyError
-    if the model has no list of blocks.
-    """
-    start, some = time.perf_counter(), beginnings(texts, *BUDGET[model.device.type])
-    blocks, layers = _blocks(model), linear_layers(model)
-    entering, reference = _reference(model, blocks, some)
-    rows, by_format = [], []
-    for kind in FORMATS:
-        new = {name: _quantized(m.weight.detach(), kind, books.get(kind)) for name, m in layers.items()}
-        by_format.append({"format": kind} | _swapped_loss(model, new, some, reference))
-        for depth in range(len(blocks)) if kind in ("nf4", "fp4") else ():
-            mine = {name: weight for name, weight in new.items() if formats.kind_and_depth(name)[1] == depth}
-            with _starting_at(blocks, depth, entering):
-                rows.append({"depth": depth, "format": kind} | _swapped_loss(model, mine, some, reference))
-        if progress:
-            progress(f"{kind}: KL {by_format[-1]['kl']:.3g} nats")
-    a, b = ([row for row in rows if row["format"] == kind] for kind in ("nf4", "fp4"))
-    return {
-        "texts": len(some),
-        "tokens": sum(len(scored(t)) for t in some),
-        "layers": rows,
-        "formats": by_format,
-        "spearman": {"layers_nf4": spearman(a), "layers_fp4": spearman(b), "formats": spearman(by_format)},
-        "fp4_loses_more": sign_test([y["kl"] - x["kl"] for x, y in zip(a, b, strict=True)]),
-        "seconds": time.perf_counter() - start,
-    }
+# ---- block sizes ----
 
 
 def block_sizes(model, texts: list[Text], rows: list[dict], progress=None) -> dict:
     """Fills in ppl and ln_ratio of NF4's and FP4's rows of `formats.analyse`'s block_sizes, the whole model's weights
     replaced. A CPU does SIZES_ON_CPU on the beginnings of few texts. Returns schema's BlockSizeTexts."""
     cpu = model.device.type == "cpu"
-    some = beginnings(texts, *BUDGET["cpu"]) if cpu else texts[: DIALOGUES["cuda"]]
+    some = beginnings(texts, *BUDGET) if cpu else texts[: DIALOGUES["cuda"]]
     base = nll_sums(model, some)
     tokens = sum(n for _, n in base)
     for row in rows:
@@ -225,89 +189,3 @@ def block_sizes(model, texts: list[Text], rows: list[dict], progress=None) -> di
 def beginnings(texts: list[Text], count: int, tokens: int | None) -> list[Text]:
     """The first tokens of the first texts."""
     return [t._replace(ids=t.ids[:tokens], turn=t.turn[:tokens]) for t in texts[:count]]
-
-
-def spearman(rows: list[dict]) -> dict:
-    """schema.Correlation over rows."""
-    found = {"n": len(rows)}
-    error = [row["relative_squared_error"] for row in rows]
-    for key in ("kl", "ln_ratio"):
-        values = [row[key] for row in rows]
-        varies = len(set(error)) > 1 and len(set(values)) > 1
-        found[key] = float(stats.spearmanr(error, values).statistic) if varies else None
-    return found
-
-
-def sign_test(differences: list[float]) -> dict:
-    """How many are positive, of those that are not 0, and the two-sided p of an exact sign test (None without any)."""
-    count, n = sum(d > 0 for d in differences), sum(d != 0 for d in differences)
-    return {"count": count, "n": n, "p": float(stats.binomtest(count, n).pvalue) if n else None}
-
-
-def _blocks(model) -> torch.nn.ModuleList:
-    blocks = getattr(model.base_model, "layers", None)
-    if not isinstance(blocks, torch.nn.ModuleList) or not linear_layers(model):
-        raise StudyError(f"{type(model).__name__} has no list of blocks of linear layers in base_model.layers")
-    return blocks
-
-
-@torch.inference_mode()
-def _reference(model, blocks, texts: list[Text]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What enters every block, and the log-probabilities (scored, vocabulary) of each text, float32."""
-    entering = []
-    hooks = [block.register_forward_pre_hook(lambda _, given: entering.append(given[0])) for block in blocks]
-    try:
-        states = hidden_states(model, texts)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return entering, [_log_probabilities(model, s) for s in states]
-
-
-def _log_probabilities(model, states: torch.Tensor) -> torch.Tensor:
-    return model.get_output_embeddings()(states).log_softmax(-1, dtype=torch.float32)
-
-
-@contextmanager
-def _starting_at(blocks, depth: int, entering: list[torch.Tensor]) -> Iterator[None]:
-    """Inside, the blocks before `depth`, which have not changed, do nothing, and it gets what full precision gives."""
-    skipped = list(blocks[:depth])
-    before = [block.__dict__.get("forward") for block in skipped]
-    for block in skipped:
-        block.forward = lambda *_, **__: entering[depth]
-    try:
-        yield
-    finally:
-        for block, forward in zip(skipped, before, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-
-
-@torch.inference_mode()
-def _loss(model, texts: list[Text], reference: list[torch.Tensor]) -> dict:
-    """ln(perplexity / full precision's) and mean KL(full || this), from the full-precision log-probabilities."""
-    kl = change = count = 0
-    for text, states, p in zip(texts, hidden_states(model, texts), reference, strict=True):
-        q = _log_probabilities(model, states)
-        targets = text.ids[torch.from_numpy(scored(text))].to(p.device)[:, None]
-        change += (p.gather(-1, targets) - q.gather(-1, targets)).sum(dtype=torch.float64).item()
-        kl += p.exp().mul_(q.neg_().add_(p)).sum(dtype=torch.float64).item()
-        count += len(p)
-    return {"ln_ratio": change / count, "kl": kl / count}
-
-
-def _swapped_loss(model, new: dict[str, torch.Tensor], texts: list[Text], reference: list[torch.Tensor]) -> dict:
-    error = relative_squared_error(model, new)
-    with swapped(model, new):
-        return {"relative_squared_error": error} | _loss(model, texts, reference)
-
-
-def _quantized(weight: torch.Tensor, kind: str, levels: list[float] | None) -> torch.Tensor:
-    if kind == "int8":
-        return formats.round_trip_int8(weight)
-    if kind == "asymmetric":
-        return formats.round_trip_asymmetric(weight)
-    if kind in ("nf4", "fp4"):
-        return formats.round_trip(weight, kind)
-    return codebooks.round_to(weight, torch.tensor(levels), formats.BLOCK_SIZE)

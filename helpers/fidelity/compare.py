@@ -27,7 +27,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from helpers import CACHE, StudyError, ranks, results, statistics
+from helpers import CACHE, StudyError, results, statistics
 from helpers.fidelity import formats, perturb
 from helpers.fidelity.texts import (
     WINDOWS,
@@ -295,13 +295,12 @@ def _perplexity(names: list[str], sums: list[dict], options: dict) -> dict:
 
 
 def kl_summary(kl: np.ndarray, owner: np.ndarray, options: dict) -> dict:
-    """schema.Divergence of KL (n,); owner (n,): each one's dialogue. A bootstrap says nothing of the maximum."""
+    """schema.Divergence of KL (n,); owner (n,): each one's dialogue."""
     if not kl.size:
         return dict.fromkeys(("mean", *QUANTILES, "max", "intervals"))
-    rows = dict(zip(QUANTILES, ranks.quantiles(kl, owner, list(QUANTILES.values()), **options), strict=True))
-    found = {"mean": float(kl.mean()), "max": float(kl.max())} | {name: r["quantile"] for name, r in rows.items()}
-    rows["mean"] = statistics.interval(kl, owner, **options)
-    return found | {"intervals": {name: _limits(row) for name, row in rows.items()}}
+    found = {name: float(np.quantile(kl, q, method="inverted_cdf")) for name, q in QUANTILES.items()}
+    found |= {"mean": float(kl.mean()), "max": float(kl.max())}
+    return found | {"intervals": {"mean": _limits(statistics.interval(kl, owner, **options))}}
 
 
 def by_confidence(value: dict[str, np.ndarray]) -> list[dict]:

@@ -49,13 +49,6 @@ class KL(Divergence):
     by_confidence: list[Bucket] | None = None
 
 
-class CorrectToken(Exact):
-    """Change of the probability of the token that stands in the text, quantized minus full."""
-
-    mean: float
-    rms: float  # root mean square
-
-
 class Sums(Exact):
     count: int  # tokens
     nll_full: float  # summed negative log-probability, nats
@@ -123,8 +116,6 @@ class Fidelity(Exact):
     perplexity: dict[str, Perplexity]  # story, answers, all
     kl: KL  # over all positions
     agreement: float  # share of positions with the same most likely token
-    agreement_interval: Interval
-    correct_token: CorrectToken
     per_dialogue: list[DialogueSums]
     per_question: list[QuestionDivergence]
     left_out: list[LeftOut] | None = None  # dialogues longer than the model takes

@@ -30,8 +30,7 @@ energy          configuration, process, mode, batch, seconds, joules_per_token, 
 profile         configuration, process, mode, batch, what, ms (per step), share, kernels, gb_per_second
 agreement       configuration, process, mode, tokens, identical (greedy tokens equal to eager's)
 tokens          configuration, group (all, story, answers), tokens, ppl_full, ppl, ln_ratio, ln_low, ln_high, p, kl,
-                kl_low, kl_high, kl_median, kl_p99, kl_max, agreement, agreement_low, agreement_high (most likely
-                token equal to full precision's)
+                kl_low, kl_high, kl_median, kl_p99, kl_max, agreement (most likely token equal to full precision's)
 texts           configuration, file (fidelity.text names it), windows, tokens, ppl_full, ppl, ln_ratio, ln_low, ln_high,
                 kl, reason
 confidence      configuration, low, high (full precision's largest probability), tokens, kl, agreement

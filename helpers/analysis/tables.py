@@ -97,9 +97,8 @@ def tokens(fidelity: dict) -> pd.DataFrame:
             row |= {f"kl_{side}": dig(kl, f"intervals.mean.ci_{side}") for side in ("low", "high")}
             if group == "all":
                 row |= {"agreement": data["agreement"]}
-                row |= {f"agreement_{side}": dig(data, f"agreement_interval.ci_{side}") for side in ("low", "high")}
             rows.append(row)
-    return table(rows, f"configuration group {TOKEN} agreement agreement_low agreement_high")
+    return table(rows, f"configuration group {TOKEN} agreement")
 
 
 def texts(fidelity: dict) -> pd.DataFrame:

@@ -4,7 +4,6 @@
 
     kl                  KL(full || quantized) of the next token's distribution, nats
     agreement           share of positions with the same most likely token
-    correct_token       p_quantized - p_full of the token that stands in the text
     ln_ratio            ln(perplexity quantized / perplexity full), paired
 
 Full precision is the same model without quantization in the configuration's own dtype (INT4's kernel computes in
@@ -170,7 +169,7 @@ def reference(study: Study, full, texts: list[Text], part: str) -> list[torch.Te
 
 def position_metrics(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
     """From logits (n, vocabulary) and the tokens that follow (n,), per position: kl, nll_full and nll (nats), agreement
-    (0 or 1), change (of the following token's probability), confidence (largest probability in full precision).
+    (0 or 1), confidence (largest probability in full precision).
     In float64: in float32 a sum over a vocabulary is wrong by 1e-7, which is above the noise floor."""
     parts = []
     for p, q, at in zip(*(x.split(ROWS[full.device.type]) for x in (full, other, targets[:, None])), strict=True):
@@ -182,9 +181,8 @@ def position_metrics(full: torch.Tensor, other: torch.Tensor, targets: torch.Ten
         log_other = (q - other_top).exp_().sum(-1).log() + other_top[:, 0]
         nll_full, nll = log_full - p.gather(-1, at)[:, 0], log_other - q.gather(-1, at)[:, 0]
         kl = (odds.mul_(p.sub_(q)).sum(-1) / size - log_full + log_other).clamp_min_(0)
-        change = (-nll).exp() - (-nll_full).exp()
-        parts.append(torch.stack([kl, nll_full, nll, (best == other_best)[:, 0].double(), change, 1 / size]).cpu())
-    names = ("kl", "nll_full", "nll", "agreement", "change", "confidence")
+        parts.append(torch.stack([kl, nll_full, nll, (best == other_best)[:, 0].double(), 1 / size]).cpu())
+    names = ("kl", "nll_full", "nll", "agreement", "confidence")
     return dict(zip(names, torch.cat(parts, dim=1).numpy(), strict=True))
 
 
@@ -252,8 +250,6 @@ def summarize(texts: list[Text], rows: list[dict[str, np.ndarray]], options: dic
         "perplexity": {group: _perplexity(names, found, options) for group, found in sums.items()},
         "kl": kl | {"by_group": by_group, "by_confidence": by_confidence(value)},
         "agreement": float(value["agreement"].mean()),
-        "agreement_interval": _limits(statistics.interval(value["agreement"], owner, **options)),
-        "correct_token": {"mean": float(value["change"].mean()), "rms": float(np.sqrt((value["change"] ** 2).mean()))},
         "per_dialogue": [
             {"id": text.id, "data_set": text.data_set} | {group: sums[group][i] for group in GROUPS}
             for i, text in enumerate(texts)

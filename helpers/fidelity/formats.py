@@ -150,7 +150,7 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
         # Four bits and a float32 scale a block; the asymmetric grid's two numbers count as 16 bits each (tinygemm).
         shape = {"block_size": size, "bits_per_weight": 4 + 32 / size}
         for kind, error in _one_block_size(parts, size)["whole"].items():
-            table.append({"format": kind} | shape | {"relative_squared_error": error, "ppl": None, "ln_ratio": None})
+            table.append({"format": kind} | shape | {"relative_squared_error": error})
         if progress:
             progress(f"weights in blocks of {size}: done")
     for row in rows:
@@ -161,8 +161,7 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
         "codebooks": {name: codebooks.describe(book) for name, book in levels.items()},
         "formats": {kind: _format(error, dtype=STORED.get(kind)) for kind, error in at_64["whole"].items()},
         "layers": rows,
-        "block_sizes": table,  # `perturb.block_sizes` fills ppl and ln_ratio in
-        "block_sizes_read": {"reason": "not read yet"},
+        "block_sizes": table,
         "histogram": {
             "edges": edges.tolist(),
             "density": _figure_density(counts),

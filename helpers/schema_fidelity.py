@@ -161,7 +161,7 @@ class Difference(Interval):
 
 
 class NoiseRow(Exact):
-    kind: str  # nf4; block, layer, signs, permuted: helpers/fidelity/perturb.py
+    kind: str  # nf4; block: noise, helpers/fidelity/perturb.py
     seed: int | None
     relative_squared_error: float
     ppl: float

@@ -42,7 +42,7 @@ formats         index: format. relative_squared_error, sqnr_db, dtype: each form
 layers          layer, kind, depth, weights, ks_distance, excess_kurtosis, distinct_values, format,
                 relative_squared_error
 block_sizes     format, block_size, bits_per_weight, relative_squared_error
-noise           kind (nf4, or what the noise was matched to), seed, relative_squared_error, ln_ratio, ln_low, ln_high,
+noise           kind (nf4; block: noise matched to it), seed, relative_squared_error, ln_ratio, ln_low, ln_high,
                 f1, f1_low, f1_high (difference from full precision)
 hardware        configuration, process, device, gb_per_second (copy), tflops (matmul), dtype, warnings
 engine          index: configuration. questions, seconds, fallbacks, truncated; stock_ratio (seconds of stock lm-eval

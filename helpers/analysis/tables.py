@@ -155,8 +155,9 @@ def layers(weights: dict) -> pd.DataFrame:
 
 
 def noise(noise: dict) -> pd.DataFrame:
-    rows = [{"kind": "nf4", "seed": None} | noise["nf4"]] if noise.get("nf4") else []
-    rows += [{"kind": "layer"} | row for row in noise.get("seeds") or []]
+    """Results of earlier versions also hold noise that is matched to NF4's in other ways."""
+    rows = [noise["nf4"], *noise["seeds"]] if noise.get("nf4") else []
+    rows = [dict(row) for row in rows if row["kind"] in ("nf4", "block")]
     for row in rows:
         for key, short, value in (("log_ppl_ratio", "ln", "ln_ratio"), ("f1", "f1", "f1")):
             found = row.pop(key, None) or {}

@@ -3,12 +3,8 @@
     floor  each weight moved by its dtype's rounding: what no difference amounts to
     noise  random errors of NF4's size: the paper says that quantization noise regularizes; if so, they help
 
-NF4's error is larger where a block of 64 weights is. So noise is matched to it in one of four ways:
-
-    block      Gaussian, in each block of 64 as large as NF4's error there
-    layer      Gaussian, in each layer as large as NF4's error there, spread evenly over its blocks
-    signs      NF4's own errors with random signs
-    permuted   NF4's own errors in another order within each block
+NF4's error is larger where a block of 64 weights is, so the noise is Gaussian and in each block as large as the error
+there.
 
 A CPU reads fewer texts (DIALOGUES, NOISE_TOKENS) and answers no questions; the results say so.
 """
@@ -78,29 +74,17 @@ def nf4(model) -> dict[str, torch.Tensor]:
     return {name: formats.round_trip(m.weight, "nf4", double=True) for name, m in linear_layers(model).items()}
 
 
-def _noise(kind: str, error: torch.Tensor, generator) -> torch.Tensor:
-    """Noise of the size of `error` (blocks, 64)."""
-    if kind == "signs":
-        return error * (torch.randint(0, 2, error.shape, generator=generator).to(error) * 2 - 1)
-    if kind == "permuted":
-        return error.gather(1, torch.rand(error.shape, generator=generator).to(error.device).argsort(1))
-    noise = torch.randn(error.shape, generator=generator).to(error.device)
-    over = {"dim": 1, "keepdim": True} if kind == "block" else {}
-    return noise * error.norm(**over) / noise.norm(**over)
-
-
-NOISE = ("block", "layer", "signs", "permuted")
-
-
-def noisy(model, quantized: dict[str, torch.Tensor], kind: str, seed: int) -> dict[str, torch.Tensor]:
-    """Weights plus noise of the size of quantized ones' error. Drawn on the CPU: a seed means the same everywhere."""
+def noisy(model, quantized: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """Weights plus Gaussian noise, in each block of 64 as large as quantized ones' error. Drawn on the CPU: a seed
+    means the same everywhere."""
     generator, found = torch.Generator().manual_seed(seed), {}
     for name, other in quantized.items():
         weight = model.get_submodule(name).weight.detach()
         error = (other.float() - weight.float()).reshape(-1)
         blocks = torch.nn.functional.pad(error, (0, -error.numel() % formats.BLOCK_SIZE)).view(-1, formats.BLOCK_SIZE)
-        noise = _noise(kind, blocks, generator).reshape(-1)[: error.numel()]
-        found[name] = (weight.float() + noise.view(weight.shape)).to(weight.dtype)
+        noise = torch.randn(blocks.shape, generator=generator).to(error.device)
+        noise = noise * blocks.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+        found[name] = (weight.float() + noise.reshape(-1)[: error.numel()].view(weight.shape)).to(weight.dtype)
     return found
 
 
@@ -108,7 +92,7 @@ def noise(
     model, texts: list[Text], seeds: list[int], options: dict, score: Callable | None = None, progress=None
 ) -> dict:
     """Perplexity, and on a GPU F1, of full precision, of NF4's weights, and of full precision with noise:
-    schema.Noise. Matched by block with every seed, in the other ways with the first, and perplexity alone.
+    schema.Noise.
 
     options: confidence, resamples, seed of the intervals, which are paired by dialogue. score(model) -> (values,
     dialogue ids), one F1 and id per question, always the same questions in the same order; StudyError if they are not.
@@ -123,26 +107,23 @@ def noise(
     names = np.array([f"{t.data_set}/{t.id}" for t in texts])
 
     def row(kind: str, seed: int | None, new: dict[str, torch.Tensor]) -> dict:
-        error, scoring = relative_squared_error(model, new), score and kind in ("nf4", "block")
+        error = relative_squared_error(model, new)
         with swapped(model, new):
-            nll, f1 = nll_sums(model, texts), score(model) if scoring else None
+            nll, f1 = nll_sums(model, texts), score(model) if score else None
         found = {"kind": kind, "seed": seed, "relative_squared_error": error, "ppl": perplexity(nll)}
         (before, counts), (after, _) = (np.array(side).T for side in (base, nll))
         ratio = _difference(statistics.log_ppl_ratio(before, after, counts.astype(int), names, **options))
-        found |= {"log_ppl_ratio": ratio, "f1": _f1(base_f1, f1, options) if scoring else None}
+        found |= {"log_ppl_ratio": ratio, "f1": _f1(base_f1, f1, options) if score else None}
         if progress:
             progress(f"{kind}: perplexity {found['ppl']:.3f}, full precision {perplexity(base):.3f}")
         return found
 
-    rows = [row("nf4", None, quantized)]
-    for kind in NOISE:
-        rows += [row(kind, s, noisy(model, quantized, kind, s)) for s in (seeds if kind == "block" else seeds[:1])]
     return {
         "dialogues": len(texts),
         "tokens": sum(n for _, n in base),
         "full": {"ppl": perplexity(base), "f1": None if base_f1 is None else float(np.mean(base_f1[0]))},
-        "nf4": rows[0],
-        "seeds": rows[1:],
+        "nf4": row("nf4", None, quantized),
+        "seeds": [row("block", seed, noisy(model, quantized, seed)) for seed in seeds],
         "f1_reason": None if score else NOT_SCORED,
         "seconds": time.perf_counter() - start,
     }

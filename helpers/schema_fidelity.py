@@ -124,13 +124,8 @@ class Codebook(Exact):
 
 class Layer(Exact):
     layer: str
-    kind: str  # q_proj, ...
-    depth: int | None
     weights: int  # their number
-    excess_kurtosis: float  # of w / absmax in blocks of 64, less a Gaussian's in the same blocks
-    ks_distance: float  # from that Gaussian
-    distinct_values_per_block: float  # mean over the first blocks
-    errors: dict[str, float]  # format -> relative squared error
+    ks_distance: float  # of w / absmax in blocks of 64, from a Gaussian in the same blocks
 
 
 class BlockSize(Exact):

@@ -39,8 +39,7 @@ dialogues       configuration, data_set, dialogue, tokens, nll_full, nll, kl (su
 formats         index: format. relative_squared_error, sqnr_db, dtype: each format on full precision's weights, and
                 each quantized configuration's own (comparable: False where its method moves scales into neighbouring
                 layers)
-layers          layer, kind, depth, weights, ks_distance, excess_kurtosis, distinct_values, format,
-                relative_squared_error
+layers          layer, weights, ks_distance (from Gaussian)
 block_sizes     format, block_size, bits_per_weight, relative_squared_error
 noise           kind (nf4; block: noise matched to it), seed, relative_squared_error, ln_ratio, ln_low, ln_high,
                 f1, f1_low, f1_high (difference from full precision)

@@ -144,14 +144,7 @@ def block_sizes(weights: dict) -> pd.DataFrame:
 
 
 def layers(weights: dict) -> pd.DataFrame:
-    columns = "layer kind depth weights ks_distance excess_kurtosis distinct_values"
-    rows = [
-        pick(layer, columns, {"distinct_values": "distinct_values_per_block"})
-        | {"format": name, "relative_squared_error": error}
-        for layer in dig(weights, "weights.layers") or []
-        for name, error in layer["errors"].items()
-    ]
-    return table(rows, f"{columns} format relative_squared_error")
+    return table(dig(weights, "weights.layers") or [], "layer weights ks_distance")
 
 
 def noise(noise: dict) -> pd.DataFrame:

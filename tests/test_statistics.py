@@ -216,7 +216,6 @@ def test_nine_dialogues_give_no_interval_but_the_reason():
     found = paired(a, b, clusters)
     assert found["ci_low"] is found["p"] is power.detectable(found) is None
     assert found["reason"] == "no interval: 9 dialogues are fewer than 10"
-    assert power.needed(found)["n_dialogues"] is None and "estimate" in power.needed(found)["reason"]
     others = statistics.interval(a, clusters, **OPTIONS), recovery.recovery(a, b, clusters, **OPTIONS)
     assert all(other["reason"] and other["ci_low"] is None for other in others)
 
@@ -241,23 +240,11 @@ def test_detectable_is_found_in_four_of_five_studies(groups):
     assert (stats.ttest_1samp(studies, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.012)
 
 
-def test_needed_against_the_closed_form_with_its_range():
-    a, b, clusters = study(groups=40, effect=0.2)
-    found = paired(a, b, clusters)
-    sums, sizes = (dialogue_sums(v, clusters)[:, None] for v in (b - a, np.ones(len(a))))
-    spread = statistics.standard_error(sums, sizes)[0] * np.sqrt(40)
-    mine = power.needed(found)
-    for key, difference in (
-        ("n_dialogues", found["difference"]),
-        ("fewest", found["ci_low"]),
-        ("most", found["ci_high"]),
-    ):
-        normal = ((1.959964 + 0.841621) * spread / difference) ** 2
-        assert normal < mine[key] < normal + 4, key  # Student's t costs about two more
-    assert mine["fewest"] < mine["n_dialogues"] < mine["most"]
-    unclear = power.needed(found | {"ci_low": -0.3, "ci_high": 0.01})
-    assert unclear["most"] == math.inf and unclear["n_dialogues"] == mine["n_dialogues"]
-    assert power.needed(found | {"level": 0.01})["n_dialogues"] > mine["n_dialogues"]  # a family costs
+def test_sample_size_is_two_more_than_the_normal_one():
+    normal = ((1.959964 + 0.841621) / 0.3) ** 2
+    assert normal < power.sample_size(0.6, 2, 0.05) < normal + 4  # Student's t
+    assert power.sample_size(0.6, 2, 0.01) > power.sample_size(0.6, 2, 0.05)  # a family costs
+    assert power.sample_size(0, 2, 0.05) == math.inf
 
 
 def test_sample_size_of_a_tiny_effect_is_the_normal_one():

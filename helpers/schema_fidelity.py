@@ -112,14 +112,11 @@ class Fidelity(Exact):
     weights: OwnError | None = None  # None: full precision
     floor: list[Floor] | NotDone | None = None  # full precision's result alone has it, for its own dtype
     text: FilePerplexity | NotDone | None = None  # of fidelity.text; None: no file named
-    seconds: dict[str, float]  # loading, reading, floor, weights, comparing
+    seconds: float | dict[str, float]  # earlier versions: by what took them
 
 
 class Codebook(Exact):
     levels: list[float]  # sorted, in [-1, 1]
-    distinct: int
-    largest_gap_over_smallest: float
-    uniform: bool  # the ratio is below 1.01
 
 
 class Layer(Exact):

@@ -37,7 +37,7 @@ def fp4_is_uniform(facts):
     book = dig(facts.f.weights, "weights.codebooks.fp4")
     if not book:
         raise NotMeasured("FP4's levels were not read in this study")
-    levels = np.unique(book["levels"] if isinstance(book, dict) else book)  # FP4 has a zero of either sign
+    levels = np.unique(book["levels"])  # FP4 has a zero of either sign
     gaps = np.diff(levels)
     apart = f"{number(gaps.min(), 4)} to {number(gaps.max(), 4)}"
     text = f"{len(levels)} levels, neighbours {apart} of the block's largest weight apart"

@@ -131,16 +131,3 @@ def library(name: str) -> list[float]:
 
 def uniform() -> list[float]:
     return torch.linspace(-1, 1, LEVELS, dtype=torch.float64).tolist()
-
-
-def describe(levels: list[float]) -> dict:
-    """schema.Codebook of 16 levels."""
-    different = np.unique(np.asarray(levels) + 0.0)
-    gaps = np.diff(different)
-    ratio = float(gaps.max() / gaps.min())
-    return {
-        "levels": sorted(map(float, levels)),
-        "distinct": len(different),
-        "largest_gap_over_smallest": ratio,
-        "uniform": ratio < 1.01,
-    }

@@ -57,9 +57,8 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
     Raises StudyError if the texts don't suit the model. What is optional (errors of the weights, floor, text file) and
     cannot be done has a reason in its place.
     """
-    clock = _Clock()
+    start = time.perf_counter()
     full = models.load(study, full_precision(configuration))
-    clock("loading")
     texts, left_out = encode(dialogues, full.tokenizer, token_limit(full.model))
     check_head(full.model, texts[0])
     itself, dtype = configuration.quantization.method == "none", full.info["dtype"]
@@ -68,28 +67,24 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
     some = parts[: WINDOWS[full.info["device"]]] if isinstance(parts, list) else []
     before = reference(study, full, texts, "dialogues")
     before_some = reference(study, full, some, "text") if some else []
-    clock("reading")
     model, head, own = full.model, full.model.get_output_embeddings(), None
     floor = or_reason(noise_floor, model, texts, before, study.seed) if itself else None
-    clock("floor")
     if not itself:
         beside = fits_beside(model)
         del model
         full = full if beside else None
         free()
         model = models.load(study, configuration).model
-        clock("loading")
         own = {"reason": "the two models did not fit side by side"}
         own = or_reason(formats.own_error, full.model, model, configuration) if beside else own
         full = None
-        clock("weights")
     same = before if itself else None
-    rows = _compare_all(texts, before, head, model, same, clock, progress)
+    rows = _compare_all(texts, before, head, model, same, progress)
     options = {"confidence": study.statistics.confidence, "resamples": study.statistics.resamples, "seed": study.seed}
     found = summarize(texts, rows, options)
     if some:
         same = before_some if itself else None
-        rows = or_reason(_compare_all, some, before_some, head, model, same, clock, None)
+        rows = or_reason(_compare_all, some, before_some, head, model, same)
         parts = file_summary(some, rows, len(parts), options) if isinstance(rows, list) else rows
     return found | {
         "left_out": left_out,
@@ -97,7 +92,7 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
         "weights": None if itself else {"formats": {configuration.configuration: own}},
         "floor": floor,
         "text": parts or None,
-        "seconds": clock.seconds,
+        "seconds": time.perf_counter() - start,
     }
 
 
@@ -121,20 +116,6 @@ def fits_beside(model) -> bool:
     cuda = model.device.type == "cuda"
     room = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
     return room > model.get_memory_footprint() + SPARE_BYTES
-
-
-class _Clock:
-    """Adds the seconds since the last call to a named sum."""
-
-    def __init__(self):
-        self.seconds, self.last = {}, time.perf_counter()
-
-    def __call__(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
-        self.last = now
 
 
 def reference(study: Study, full, texts: list[Text], part: str) -> list[torch.Tensor]:
@@ -196,14 +177,12 @@ def compare_text(text: Text, full_states, full_head, states, head) -> dict[str, 
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _compare_all(texts, before, full_head, model, states, clock, progress) -> list[dict[str, np.ndarray]]:
+def _compare_all(texts, before, full_head, model, states, progress=None) -> list[dict[str, np.ndarray]]:
     """`states`: the model's own, where they are known already."""
     head, rows = model.get_output_embeddings(), []
     for i, text in enumerate(texts):
         mine = states[i] if states else hidden_states(model, [text])[0]
-        clock("reading")
         rows.append(compare_text(text, before[i], full_head, mine, head))
-        clock("comparing")
         if progress and (i + 1) % 10 == 0:
             progress(f"{i + 1} of {len(texts)} dialogues compared")
     return rows

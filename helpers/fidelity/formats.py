@@ -127,7 +127,7 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
     gaussian = codebooks.gaussian_blocks(BLOCK_SIZE, by_square=False)
     edges = torch.linspace(-1, 1, FIGURE_BINS + 1, dtype=torch.float64)
     return {
-        "codebooks": {name: codebooks.describe(book) for name, book in levels.items()},
+        "codebooks": {name: {"levels": sorted(book)} for name, book in levels.items()},
         "formats": {kind: _format(error, dtype=STORED.get(kind)) for kind, error in errors.items()},
         "layers": rows,
         "block_sizes": table,

@@ -139,7 +139,8 @@ def load(where: Study | str | Path) -> Frames:
     runs = [(n, i, r) for n in names for i, r in enumerate(processes.get(n, []), 1)]
     measured = [(n, i, r.data) for n, i, r in runs if r.status == "ok"]
     evaluations, fidelity = data["evaluation"], data["fidelity"]
-    weights = _weights(study, fidelity)
+    path = results.folder(study) / "weights.json"
+    weights = (results.read(path).data if path.is_file() else None) or {}
     configurations, checkpoints = _configurations(finished, data)
     full = next((n for n in names if configurations.full[n]), None)
     built = {name: tables.listed(measured, name) for name in tables.LISTS} | {"times": tables.times(measured)}
@@ -238,14 +239,6 @@ def _samples(study: Study, evaluations: dict, fidelity: dict) -> pd.DataFrame:
 
 
 SAMPLE = "last_turn domain question references prediction f1 em right answer_tokens hit_limit truncated kl"
-
-
-def _weights(study: Study, fidelity: dict) -> dict:
-    """03_weights' result; earlier versions kept it with full precision's fidelity."""
-    path = results.folder(study) / "weights.json"
-    if path.is_file():
-        return results.read(path).data or {}
-    return next((d for d in fidelity.values() if "layers" in (d.get("weights") or {})), {})
 
 
 def _runs(study: Study, finished: dict, processes: list) -> pd.DataFrame:

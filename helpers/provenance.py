@@ -37,7 +37,7 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         (name,) = set(re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()))
         return name
@@ -83,7 +83,7 @@ def provenance(study: Study, configuration: Configuration | None) -> dict:
         "python": platform.python_version(),
         "packages": versions,
         "system": platform.system(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": gpu,

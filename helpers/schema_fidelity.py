@@ -31,29 +31,11 @@ class Divergence(Exact):
     median: float | None
     p99: float | None
     max: float | None
-    intervals: dict[str, Interval] | None = None  # of mean, median, p99
-
-
-class Bucket(Exact):
-    """Positions by full precision's largest probability."""
-
-    low: float
-    high: float
-    count: int
-    kl: float | None  # mean, nats
-    agreement: float | None  # share
+    intervals: dict[str, Interval] | None = None  # of the mean
 
 
 class KL(Divergence):
     by_group: dict[str, Divergence] | None = None  # story, answers
-    by_confidence: list[Bucket] | None = None
-
-
-class CorrectToken(Exact):
-    """Change of the probability of the token that stands in the text, quantized minus full."""
-
-    mean: float
-    rms: float  # root mean square
 
 
 class Sums(Exact):
@@ -123,8 +105,6 @@ class Fidelity(Exact):
     perplexity: dict[str, Perplexity]  # story, answers, all
     kl: KL  # over all positions
     agreement: float  # share of positions with the same most likely token
-    agreement_interval: Interval
-    correct_token: CorrectToken
     per_dialogue: list[DialogueSums]
     per_question: list[QuestionDivergence]
     left_out: list[LeftOut] | None = None  # dialogues longer than the model takes
@@ -132,25 +112,17 @@ class Fidelity(Exact):
     weights: OwnError | None = None  # None: full precision
     floor: list[Floor] | NotDone | None = None  # full precision's result alone has it, for its own dtype
     text: FilePerplexity | NotDone | None = None  # of fidelity.text; None: no file named
-    seconds: dict[str, float]  # loading, reading, floor, weights, comparing
+    seconds: float | dict[str, float]  # earlier versions: by what took them
 
 
 class Codebook(Exact):
     levels: list[float]  # sorted, in [-1, 1]
-    distinct: int
-    largest_gap_over_smallest: float
-    uniform: bool  # the ratio is below 1.01
 
 
 class Layer(Exact):
     layer: str
-    kind: str  # q_proj, ...
-    depth: int | None
     weights: int  # their number
-    excess_kurtosis: float  # of w / absmax in blocks of 64, less a Gaussian's in the same blocks
-    ks_distance: float  # from that Gaussian
-    distinct_values_per_block: float  # mean over the first blocks
-    errors: dict[str, float]  # format -> relative squared error
+    ks_distance: float  # of w / absmax in blocks of 64, from a Gaussian in the same blocks
 
 
 class BlockSize(Exact):
@@ -158,15 +130,6 @@ class BlockSize(Exact):
     block_size: int
     bits_per_weight: float
     relative_squared_error: float
-    ppl: float | None = None  # all linear layers in this format; None: not read
-    ln_ratio: float | None = None  # ln(ppl / full precision's)
-
-
-class BlockSizeTexts(Exact):
-    texts: int  # dialogues, or their beginnings on a CPU
-    tokens: int
-    ppl_full: float
-    reason: str | None  # why sizes have no perplexity
 
 
 class Histogram(Exact):
@@ -180,43 +143,7 @@ class WeightErrors(Exact):
     formats: dict[str, FormatError]
     layers: list[Layer]
     block_sizes: list[BlockSize]
-    block_sizes_read: BlockSizeTexts | NotDone | None = None  # what ppl was read on
     histogram: Histogram
-    seconds: float
-
-
-class Loss(Exact):
-    format: str
-    relative_squared_error: float  # of the weights that were quantized
-    ln_ratio: float  # of perplexity
-    kl: float  # mean, nats
-
-
-class BlockLoss(Loss):
-    depth: int
-
-
-class Correlation(Exact):
-    """Spearman's, of relative_squared_error with kl and with ln_ratio; None where one does not vary."""
-
-    n: int
-    kl: float | None
-    ln_ratio: float | None
-
-
-class SignTest(Exact):
-    count: int  # blocks in which FP4 has the larger KL
-    n: int
-    p: float | None
-
-
-class Sensitivity(Exact):
-    texts: int  # whose beginnings were read
-    tokens: int
-    layers: list[BlockLoss]  # one block of layers quantized at a time
-    formats: list[Loss]  # all layers
-    spearman: dict[str, Correlation]  # layers_nf4, layers_fp4, formats
-    fp4_loses_more: SignTest
     seconds: float
 
 
@@ -226,7 +153,7 @@ class Difference(Interval):
 
 
 class NoiseRow(Exact):
-    kind: str  # nf4; block, layer, signs, permuted: helpers/fidelity/perturb.py
+    kind: str  # nf4; block: noise, helpers/fidelity/perturb.py
     seed: int | None
     relative_squared_error: float
     ppl: float
@@ -253,6 +180,5 @@ class Weights(Exact):
     """What formats do to the full-precision weights, once per study."""
 
     weights: WeightErrors | NotDone
-    sensitivity: Sensitivity | NotDone
     noise: Noise | NotDone
     left_out: list[LeftOut] | None = None

@@ -284,8 +284,8 @@ def verdict(row, margin: float) -> str:
 def log_ppl_ratio(nll_a, nll_b, tokens, clusters, *, confidence: float, resamples: int, seed: int) -> dict:
     """ln(PPL_b / PPL_a) from each text's summed negative log-likelihood (nats) and its number of scored tokens.
 
-    `paired` per token, so difference = ln(PPL_b / PPL_a) and mean_a, mean_b are nats per token; besides ppl_a, ppl_b,
-    ppl_ratio, ppl_ratio_low and ppl_ratio_high (None where there is no interval).
+    `paired` per token, so difference = ln(PPL_b / PPL_a) and mean_a, mean_b are nats per token; besides ppl_a, ppl_b
+    and ppl_ratio.
     """
     n = number_array(tokens, "tokens")
     if (n <= 0).any():
@@ -293,8 +293,7 @@ def log_ppl_ratio(nll_a, nll_b, tokens, clusters, *, confidence: float, resample
     a, b = number_array(nll_a, "nll_a", n.size) / n, number_array(nll_b, "nll_b", n.size) / n
     row = paired(a, b, clusters, weights=n, confidence=confidence, resamples=resamples, seed=seed)
     named = {"ppl_a": "mean_a", "ppl_b": "mean_b", "ppl_ratio": "difference"}
-    named |= {"ppl_ratio_low": "ci_low", "ppl_ratio_high": "ci_high"}
-    return row | {key: None if row[of] is None else math.exp(row[of]) for key, of in named.items()}
+    return row | {key: math.exp(row[of]) for key, of in named.items()}
 
 
 def interval(values, clusters, weights=None, *, confidence: float, resamples: int, seed: int) -> dict:

@@ -24,6 +24,12 @@ def median(values) -> float:
     return statistics.median(values)
 
 
+def seconds(fidelity: dict) -> float:
+    """Earlier versions gave seconds by what took them."""
+    given = fidelity["seconds"]
+    return sum(given.values()) if isinstance(given, dict) else given
+
+
 def folder_bytes(folder: Path) -> float:
     """Of a configuration's results, the median."""
     return median(sum(p.stat().st_size for p in one.iterdir()) for one in folder.iterdir() if one.is_dir())
@@ -36,8 +42,8 @@ def measured() -> dict:
     return {
         "01": median(one["seconds"] + one["loading"]["load_seconds"] for one in data("*/evaluation.json", ACCURACY)),
         "02": median(one["measure_seconds"] for one in data("*/benchmark*.json", HARDWARE)),
-        "03": median(sum(one["seconds"].values()) for one in data("*/fidelity.json", ACCURACY)),
-        "03_weights": sum(weights[part]["seconds"] for part in ("weights", "sensitivity", "noise")),
+        "03": median(seconds(one) for one in data("*/fidelity.json", ACCURACY)),
+        "03_weights": sum(weights[part]["seconds"] for part in ("weights", "noise")),
         "questions": data("fp16/evaluation.json", ACCURACY)[0]["engine"]["counts"]["requests"],
         "accuracy_parameters": sizes[ACCURACY]["parameters"],
         "hardware_parameters": sizes[HARDWARE]["parameters"],

@@ -109,7 +109,8 @@ def frames(made: dict) -> Frames:
         ),
         "formats": pd.DataFrame({"relative_squared_error": made["errors"], "dtype": {"int8": made["dtype"]}}),
         "layers": pd.DataFrame(
-            [{"layer": f"l{i}", "weights": 1_000_000, "ks_distance": d} for i, d in enumerate(made["distances"])]
+            [(f"l{i}", 1_000_000, d) for i, d in enumerate(made["distances"])],
+            columns=["layer", "weights", "ks_distance"],
         ),
         "noise": pd.DataFrame(noise),
         "runs": pd.DataFrame([run]),

@@ -57,11 +57,6 @@ def test_errors_from_densities_are_those_of_rounding(name):
     expected = ((weight.flatten() - brute).double() ** 2).sum() / (weight.double() ** 2).sum()
     density = codebooks.density(x, absmax.double() ** 2)
     assert codebooks.relative_squared_error(density, levels).item() == pytest.approx(expected.item(), rel=1e-3)
-    rounded = codebooks.round_to(weight, levels, 128).flatten()
-    # a weight halfway between two levels may go either way
-    torch.testing.assert_close(
-        (rounded - weight.flatten()).abs(), (brute - weight.flatten()).abs(), rtol=1e-4, atol=1e-6
-    )
 
 
 def test_lloyd_max_is_the_optimum_of_brute_force():
@@ -97,10 +92,6 @@ def test_no_codebook_beats_lloyd_max_and_batches_are_the_same():
             assert codebooks.relative_squared_error(density, other) > error
 
 
-def test_uniformity():
-    assert codebooks.describe(codebooks.uniform())["uniform"]
-    fp4 = codebooks.describe(codebooks.library("fp4"))
-    # the smallest magnitudes of FP4 are 0, 1/192, 1/6, 1/4, 1/3; the largest gap is 2/3 to 1
-    assert fp4["distinct"] == 15 and not fp4["uniform"]
-    assert fp4["largest_gap_over_smallest"] == pytest.approx((1 / 3) / (1 / 192), rel=1e-5)
-    assert codebooks.describe([-1.0, 0.0, 0.5, 1.0])["largest_gap_over_smallest"] == 2
+def test_fp4_has_the_levels_of_its_definition():
+    positive = [level for level in codebooks.library("fp4") if level > 0]
+    assert positive == pytest.approx([1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1], rel=1e-3)

@@ -42,7 +42,7 @@ def test_run_all_resumes_repeats_nothing_and_keeps_good_configurations_beside_a_
     written = [path for kind in ("*.json*", "*.html") for path in (project / "executed/tiny").rglob(kind)]
     assert len(written) > 10 and not [path.name for path in written if str(project) in path.read_text()]
     weights = json.loads((project / "executed/tiny/weights.json").read_text())["data"]
-    assert not any("reason" in weights[part] for part in ("weights", "sensitivity", "noise"))
+    assert not any("reason" in weights[part] for part in ("weights", "noise"))
     report = (project / "executed/tiny/report.html").read_text()
     assert "no such kernel &lt;b&gt;here&lt;/b&gt;" in report and "<b>here</b>" not in report
     assert "fewer than 10" in report  # four dialogues: no interval, and the reason

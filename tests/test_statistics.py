@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from helpers import ROOT, StudyError, ranks, statistics
+from helpers import ROOT, StudyError, statistics
 from helpers.analysis import power, recovery
 
 OPTIONS = {"confidence": 0.95, "resamples": 10_000, "seed": 1234}
@@ -114,7 +114,6 @@ def test_log_ppl_ratio_against_perplexities():
     found = statistics.log_ppl_ratio(nll_a, nll_b, tokens, clusters, **OPTIONS)
     ppl = [np.exp(nll.sum() / tokens.sum()) for nll in (nll_a, nll_b)]
     assert (found["ppl_a"], found["ppl_b"], found["ppl_ratio"]) == pytest.approx((*ppl, ppl[1] / ppl[0]))
-    assert found["ppl_ratio_low"] == pytest.approx(np.exp(found["ci_low"]))
 
 
 # ---- families ----
@@ -216,9 +215,7 @@ def test_nine_dialogues_give_no_interval_but_the_reason():
     found = paired(a, b, clusters)
     assert found["ci_low"] is found["p"] is power.detectable(found) is None
     assert found["reason"] == "no interval: 9 dialogues are fewer than 10"
-    assert power.needed(found)["n_dialogues"] is None and "estimate" in power.needed(found)["reason"]
-    others = (statistics.interval(a, clusters, **OPTIONS),)
-    others += recovery.recovery(a, b, clusters, **OPTIONS), ranks.quantiles(a, clusters, [0.5], **OPTIONS)[0]
+    others = statistics.interval(a, clusters, **OPTIONS), recovery.recovery(a, b, clusters, **OPTIONS)
     assert all(other["reason"] and other["ci_low"] is None for other in others)
 
 
@@ -242,23 +239,11 @@ def test_detectable_is_found_in_four_of_five_studies(groups):
     assert (stats.ttest_1samp(studies, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.012)
 
 
-def test_needed_against_the_closed_form_with_its_range():
-    a, b, clusters = study(groups=40, effect=0.2)
-    found = paired(a, b, clusters)
-    sums, sizes = (dialogue_sums(v, clusters)[:, None] for v in (b - a, np.ones(len(a))))
-    spread = statistics.standard_error(sums, sizes)[0] * np.sqrt(40)
-    mine = power.needed(found)
-    for key, difference in (
-        ("n_dialogues", found["difference"]),
-        ("fewest", found["ci_low"]),
-        ("most", found["ci_high"]),
-    ):
-        normal = ((1.959964 + 0.841621) * spread / difference) ** 2
-        assert normal < mine[key] < normal + 4, key  # Student's t costs about two more
-    assert mine["fewest"] < mine["n_dialogues"] < mine["most"]
-    unclear = power.needed(found | {"ci_low": -0.3, "ci_high": 0.01})
-    assert unclear["most"] == math.inf and unclear["n_dialogues"] == mine["n_dialogues"]
-    assert power.needed(found | {"level": 0.01})["n_dialogues"] > mine["n_dialogues"]  # a family costs
+def test_sample_size_is_two_more_than_the_normal_one():
+    normal = ((1.959964 + 0.841621) / 0.3) ** 2
+    assert normal < power.sample_size(0.6, 2, 0.05) < normal + 4  # Student's t
+    assert power.sample_size(0.6, 2, 0.01) > power.sample_size(0.6, 2, 0.05)  # a family costs
+    assert power.sample_size(0, 2, 0.05) == math.inf
 
 
 def test_sample_size_of_a_tiny_effect_is_the_normal_one():
@@ -336,30 +321,12 @@ def test_pooled_against_paule_and_mandel_by_hand():
     assert alike["tau"] == alike["i2"] == 0 and alike["ci_low"] < 0.1 < alike["ci_high"]
 
 
-# ---- quantiles ----
-
-
-def test_quantiles_of_independent_values_against_the_binomial_interval():
-    values = np.random.default_rng(4).gamma(0.5, size=400)
-    found = ranks.quantiles(values, np.arange(400), [0.5, 0.9], **OPTIONS)
-    for p, mine in zip((0.5, 0.9), found):
-        ordered, ranked = np.sort(values), stats.binom.ppf([0.025, 0.975], 400, p).astype(int)
-        assert mine["quantile"] == np.quantile(values, p, method="inverted_cdf")
-        assert ordered[ranked[0] - 4] <= mine["ci_low"] <= ordered[ranked[0] + 4]
-        assert ordered[ranked[1] - 4] <= mine["ci_high"] <= ordered[ranked[1] + 4]
-
-
-def test_a_quantile_that_few_dialogues_reach_beyond_has_no_interval():
-    (found,) = ranks.quantiles(np.arange(200), np.repeat(np.arange(20), 10), [0.9], **OPTIONS)
-    assert found["ci_low"] is None and "2 of 20 dialogues reach beyond the quantile 0.9" in found["reason"]
-
-
 def test_the_simulation_has_run_for_every_rule_and_missed_no_target():
     spec = importlib.util.spec_from_file_location("bench", ROOT / "tests/bench_statistics.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
     written = json.loads(bench.TARGET.read_text())
-    assert {row["rule"] for row in written["rows"]} == set(bench.RULES)
+    assert {row["rule"] for row in written["rows"]} >= set(bench.RULES)
     assert written["missed"] == [row["rule"] for row in written["rows"] if bench.missed(row)] == []
 
 

@@ -30,22 +30,18 @@ energy          configuration, process, mode, batch, seconds, joules_per_token, 
 profile         configuration, process, mode, batch, what, ms (per step), share, kernels, gb_per_second
 agreement       configuration, process, mode, tokens, identical (greedy tokens equal to eager's)
 tokens          configuration, group (all, story, answers), tokens, ppl_full, ppl, ln_ratio, ln_low, ln_high, p, kl,
-                kl_low, kl_high, kl_median, kl_p99, kl_max, agreement, agreement_low, agreement_high (most likely
-                token equal to full precision's)
+                kl_low, kl_high, kl_median, kl_p99, kl_max, agreement (most likely token equal to full precision's)
 texts           configuration, file (fidelity.text names it), windows, tokens, ppl_full, ppl, ln_ratio, ln_low, ln_high,
                 kl, reason
-confidence      configuration, low, high (full precision's largest probability), tokens, kl, agreement
 floor           kind (batch shape, or weight rounding), detail, kl, kl_median, kl_p99, kl_max, agreement, ln_ratio: full
                 precision vs itself, what no format can be told from
 dialogues       configuration, data_set, dialogue, tokens, nll_full, nll, kl (sums in nats)
 formats         index: format. relative_squared_error, sqnr_db, dtype: each format on full precision's weights, and
                 each quantized configuration's own (comparable: False where its method moves scales into neighbouring
                 layers)
-layers          layer, kind, depth, weights, ks_distance, excess_kurtosis, distinct_values, format,
-                relative_squared_error
-block_sizes     format, block_size, bits_per_weight, relative_squared_error, ppl, ln_ratio
-sensitivity     depth, format, relative_squared_error, ln_ratio, kl: one block of layers quantized at a time
-noise           kind (nf4, or what the noise was matched to), seed, relative_squared_error, ln_ratio, ln_low, ln_high,
+layers          layer, weights, ks_distance (from Gaussian)
+block_sizes     format, block_size, bits_per_weight, relative_squared_error
+noise           kind (nf4; block: noise matched to it), seed, relative_squared_error, ln_ratio, ln_low, ln_high,
                 f1, f1_low, f1_high (difference from full precision)
 hardware        configuration, process, device, gb_per_second (copy), tflops (matmul), dtype, warnings
 engine          index: configuration. questions, seconds, fallbacks, truncated; stock_ratio (seconds of stock lm-eval
@@ -75,7 +71,7 @@ KEYS = ["data_set", "dialogue", "turn"]
 
 
 FIELDS = """study folder full configurations samples scores times sizes largest energy profile agreement tokens texts
-confidence floor dialogues formats layers block_sizes sensitivity noise hardware runs weights engine"""
+floor dialogues formats layers block_sizes noise hardware runs weights engine"""
 
 
 class Frames(namedtuple("Frames", FIELDS)):
@@ -143,7 +139,8 @@ def load(where: Study | str | Path) -> Frames:
     runs = [(n, i, r) for n in names for i, r in enumerate(processes.get(n, []), 1)]
     measured = [(n, i, r.data) for n, i, r in runs if r.status == "ok"]
     evaluations, fidelity = data["evaluation"], data["fidelity"]
-    weights = _weights(study, fidelity)
+    path = results.folder(study) / "weights.json"
+    weights = (results.read(path).data if path.is_file() else None) or {}
     configurations, checkpoints = _configurations(finished, data)
     full = next((n for n in names if configurations.full[n]), None)
     built = {name: tables.listed(measured, name) for name in tables.LISTS} | {"times": tables.times(measured)}
@@ -151,7 +148,7 @@ def load(where: Study | str | Path) -> Frames:
     built = {k: rows[~rows.configuration.isin(unpacked)].reset_index(drop=True) for k, rows in built.items()}
     sizes = tables.sizes(data["benchmark"], checkpoints)  # of what is unpacked only the file is the format's own
     sizes.loc[sizes.index.isin(unpacked), sizes.columns != "checkpoint"] = np.nan
-    parts = {name: getattr(tables, name)(fidelity) for name in ("tokens", "texts", "confidence", "floor", "dialogues")}
+    parts = {name: getattr(tables, name)(fidelity) for name in ("tokens", "texts", "floor", "dialogues")}
     return Frames(
         study=study,
         folder=results.folder(study),
@@ -163,7 +160,6 @@ def load(where: Study | str | Path) -> Frames:
         formats=tables.formats(weights, fidelity),
         layers=tables.layers(weights),
         block_sizes=tables.block_sizes(weights),
-        sensitivity=pd.DataFrame((weights.get("sensitivity") or {}).get("layers", [])),
         noise=tables.noise(weights.get("noise") or {}),
         hardware=tables.hardware(measured),
         runs=_runs(study, finished, runs),
@@ -243,14 +239,6 @@ def _samples(study: Study, evaluations: dict, fidelity: dict) -> pd.DataFrame:
 
 
 SAMPLE = "last_turn domain question references prediction f1 em right answer_tokens hit_limit truncated kl"
-
-
-def _weights(study: Study, fidelity: dict) -> dict:
-    """03_weights' result; earlier versions kept it with full precision's fidelity."""
-    path = results.folder(study) / "weights.json"
-    if path.is_file():
-        return results.read(path).data or {}
-    return next((d for d in fidelity.values() if "layers" in (d.get("weights") or {})), {})
 
 
 def _runs(study: Study, finished: dict, processes: list) -> pd.DataFrame:

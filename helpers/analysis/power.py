@@ -23,24 +23,6 @@ def detectable(row) -> float | None:
     return row["standard_error"] * math.sqrt(n) * TTestPower().solve_power(nobs=n, alpha=row["level"], power=POWER)
 
 
-def needed(row) -> dict:
-    """How many dialogues like these a t test at the row's level needs for 80% power, if the difference is the
-    estimated one.
-
-    Returns n_dialogues, and fewest and most: the same for the interval's far and near end (infinite if the interval
-    holds 0). None, with the reason, where the row of `compare` has no interval.
-    """
-    if row["reason"]:
-        return dict.fromkeys(("n_dialogues", "fewest", "most")) | {
-            "reason": row["reason"].replace("interval", "estimate")
-        }
-    spread = row["standard_error"] * math.sqrt(row["n_dialogues"])
-    ends = sorted((abs(row["ci_low"]), abs(row["ci_high"])))
-    near = 0.0 if row["ci_low"] <= 0 <= row["ci_high"] else ends[0]
-    found = {"n_dialogues": abs(row["difference"]), "fewest": ends[1], "most": near}
-    return {key: sample_size(d, spread, row["level"]) for key, d in found.items()} | {"reason": None}
-
-
 def sample_size(difference: float, spread: float, level: float) -> float:
     """Dialogues (a whole number, or infinity) for a paired t test."""
     if difference == 0 or level == 0:

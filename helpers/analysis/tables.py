@@ -97,9 +97,8 @@ def tokens(fidelity: dict) -> pd.DataFrame:
             row |= {f"kl_{side}": dig(kl, f"intervals.mean.ci_{side}") for side in ("low", "high")}
             if group == "all":
                 row |= {"agreement": data["agreement"]}
-                row |= {f"agreement_{side}": dig(data, f"agreement_interval.ci_{side}") for side in ("low", "high")}
             rows.append(row)
-    return table(rows, f"configuration group {TOKEN} agreement agreement_low agreement_high")
+    return table(rows, f"configuration group {TOKEN} agreement")
 
 
 def texts(fidelity: dict) -> pd.DataFrame:
@@ -108,16 +107,6 @@ def texts(fidelity: dict) -> pd.DataFrame:
         {"configuration": name} | pick(data["text"], columns, PERPLEXITY)
         for name, data in fidelity.items()
         if data.get("text")
-    ]
-    return table(rows, f"configuration {columns}")
-
-
-def confidence(fidelity: dict) -> pd.DataFrame:
-    columns = "low high tokens kl agreement"
-    rows = [
-        {"configuration": name} | pick(row, columns, {"tokens": "count"})
-        for name, data in fidelity.items()
-        for row in data["kl"].get("by_confidence") or []
     ]
     return table(rows, f"configuration {columns}")
 
@@ -151,23 +140,17 @@ def formats(weights: dict, fidelity: dict) -> pd.DataFrame:
 def block_sizes(weights: dict) -> pd.DataFrame:
     """Results of earlier versions also hold rows of double quantization."""
     rows = [row for row in dig(weights, "weights.block_sizes") or [] if not row.get("double_quant")]
-    return table(rows, "format block_size bits_per_weight relative_squared_error ppl ln_ratio")
+    return table(rows, "format block_size bits_per_weight relative_squared_error")
 
 
 def layers(weights: dict) -> pd.DataFrame:
-    columns = "layer kind depth weights ks_distance excess_kurtosis distinct_values"
-    rows = [
-        pick(layer, columns, {"distinct_values": "distinct_values_per_block"})
-        | {"format": name, "relative_squared_error": error}
-        for layer in dig(weights, "weights.layers") or []
-        for name, error in layer["errors"].items()
-    ]
-    return table(rows, f"{columns} format relative_squared_error")
+    return table(dig(weights, "weights.layers") or [], "layer weights ks_distance")
 
 
 def noise(noise: dict) -> pd.DataFrame:
-    rows = [{"kind": "nf4", "seed": None} | noise["nf4"]] if noise.get("nf4") else []
-    rows += [{"kind": "layer"} | row for row in noise.get("seeds") or []]
+    """Results of earlier versions also hold noise that is matched to NF4's in other ways."""
+    rows = [noise["nf4"], *noise["seeds"]] if noise.get("nf4") else []
+    rows = [dict(row) for row in rows if row["kind"] in ("nf4", "block")]
     for row in rows:
         for key, short, value in (("log_ppl_ratio", "ln", "ln_ratio"), ("f1", "f1", "f1")):
             found = row.pop(key, None) or {}

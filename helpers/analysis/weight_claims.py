@@ -37,7 +37,7 @@ def fp4_is_uniform(facts):
     book = dig(facts.f.weights, "weights.codebooks.fp4")
     if not book:
         raise NotMeasured("FP4's levels were not read in this study")
-    levels = np.unique(book["levels"] if isinstance(book, dict) else book)  # FP4 has a zero of either sign
+    levels = np.unique(book["levels"])  # FP4 has a zero of either sign
     gaps = np.diff(levels)
     apart = f"{number(gaps.min(), 4)} to {number(gaps.max(), 4)}"
     text = f"{len(levels)} levels, neighbours {apart} of the block's largest weight apart"
@@ -60,8 +60,7 @@ def nf4_is_optimal(facts):
 
 def weights_are_normal(facts):
     """Is a layer farther from normal than its number of weights explains? What that costs NF4's levels is told."""
-    layers = facts.f.layers.drop_duplicates("layer") if len(facts.f.layers) else facts.f.layers
-    layers = layers[layers.ks_distance.notna()] if len(layers) else layers
+    layers = facts.f.layers.dropna(subset="ks_distance")
     if not len(layers):
         raise NotMeasured("the layers' distance from a normal distribution was not measured in this study")
     distances, confidence = layers.ks_distance, facts.f.study.statistics.confidence

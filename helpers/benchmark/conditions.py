@@ -8,16 +8,15 @@ Where NVML is missing its values are None.
 """
 
 import os
-import platform
-import re
 import threading
 import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import psutil
 import torch
+
+from helpers import provenance
 
 try:
     import pynvml
@@ -63,9 +62,7 @@ def _read(function: str):
 def name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return provenance.processor()
 
 
 def energy_joules() -> float | None:

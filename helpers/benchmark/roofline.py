@@ -146,8 +146,8 @@ def _layer_weights(model) -> int:
     return count
 
 
-def operations(model, batch: int, tokens: int, context: int = 0) -> int:
-    """Multiplications and additions of a forward pass over `tokens` new tokens per row after `context` cached ones.
+def operations(model, batch: int, tokens: int) -> int:
+    """Multiplications and additions of a prefill of `tokens` tokens per row.
 
     Two per weight and token (the output head only for the last token), and in attention two each for scores and mix per
     head dimension and visible token (causal). What state-space layers do beside their linear layers is not counted.
@@ -160,8 +160,7 @@ def operations(model, batch: int, tokens: int, context: int = 0) -> int:
     attention = 0
     if isinstance(heads, int):
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        visible = tokens * context + tokens * (tokens + 1) // 2
-        attention = 4 * config.num_hidden_layers * heads * size * visible
+        attention = 4 * config.num_hidden_layers * heads * size * tokens * (tokens + 1) // 2
     return int(batch * (inner + outer + attention))
 
 

@@ -131,23 +131,3 @@ def library(name: str) -> list[float]:
 
 def uniform() -> list[float]:
     return torch.linspace(-1, 1, LEVELS, dtype=torch.float64).tolist()
-
-
-def describe(levels: list[float]) -> dict:
-    """schema.Codebook of 16 levels."""
-    different = np.unique(np.asarray(levels) + 0.0)
-    gaps = np.diff(different)
-    ratio = float(gaps.max() / gaps.min())
-    return {
-        "levels": sorted(map(float, levels)),
-        "distinct": len(different),
-        "largest_gap_over_smallest": ratio,
-        "uniform": ratio < 1.01,
-    }
-
-
-def round_to(weight: torch.Tensor, levels: torch.Tensor, block_size: int) -> torch.Tensor:
-    """The weight, each value rounded to the nearest level of its block's absmax."""
-    x, absmax = normalized(weight, block_size)
-    levels = torch.as_tensor(levels, device=x.device, dtype=torch.float32).sort().values
-    return (levels[torch.bucketize(x, _midpoints(levels))] * absmax).view(weight.shape).to(weight.dtype)

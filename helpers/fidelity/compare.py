@@ -4,7 +4,6 @@
 
     kl                  KL(full || quantized) of the next token's distribution, nats
     agreement           share of positions with the same most likely token
-    correct_token       p_quantized - p_full of the token that stands in the text
     ln_ratio            ln(perplexity quantized / perplexity full), paired
 
 Full precision is the same model without quantization in the configuration's own dtype (INT4's kernel computes in
@@ -16,7 +15,6 @@ batches of another shape, and with every weight moved by no more than its dtype'
 """
 
 import hashlib
-import itertools
 import time
 from pathlib import Path
 
@@ -27,7 +25,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from helpers import CACHE, StudyError, ranks, results, statistics
+from helpers import CACHE, StudyError, results, statistics
 from helpers.fidelity import formats, perturb
 from helpers.fidelity.texts import (
     WINDOWS,
@@ -46,7 +44,6 @@ from helpers.setup.device import free
 
 GROUPS = ("story", "answers")
 QUANTILES = {"median": 0.5, "p99": 0.99}
-BUCKETS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of full precision's largest probability
 SUMS = ("nll_full", "nll", "kl", "agreement")
 FLOOR_BATCH = 4
 FLOOR_DIALOGUES = {"cpu": 2, "cuda": 100}
@@ -60,9 +57,8 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
     Raises StudyError if the texts don't suit the model. What is optional (errors of the weights, floor, text file) and
     cannot be done has a reason in its place.
     """
-    clock = _Clock()
+    start = time.perf_counter()
     full = models.load(study, full_precision(configuration))
-    clock("loading")
     texts, left_out = encode(dialogues, full.tokenizer, token_limit(full.model))
     check_head(full.model, texts[0])
     itself, dtype = configuration.quantization.method == "none", full.info["dtype"]
@@ -71,28 +67,24 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
     some = parts[: WINDOWS[full.info["device"]]] if isinstance(parts, list) else []
     before = reference(study, full, texts, "dialogues")
     before_some = reference(study, full, some, "text") if some else []
-    clock("reading")
     model, head, own = full.model, full.model.get_output_embeddings(), None
     floor = or_reason(noise_floor, model, texts, before, study.seed) if itself else None
-    clock("floor")
     if not itself:
         beside = fits_beside(model)
         del model
         full = full if beside else None
         free()
         model = models.load(study, configuration).model
-        clock("loading")
         own = {"reason": "the two models did not fit side by side"}
         own = or_reason(formats.own_error, full.model, model, configuration) if beside else own
         full = None
-        clock("weights")
     same = before if itself else None
-    rows = _compare_all(texts, before, head, model, same, clock, progress)
+    rows = _compare_all(texts, before, head, model, same, progress)
     options = {"confidence": study.statistics.confidence, "resamples": study.statistics.resamples, "seed": study.seed}
     found = summarize(texts, rows, options)
     if some:
         same = before_some if itself else None
-        rows = or_reason(_compare_all, some, before_some, head, model, same, clock, None)
+        rows = or_reason(_compare_all, some, before_some, head, model, same)
         parts = file_summary(some, rows, len(parts), options) if isinstance(rows, list) else rows
     return found | {
         "left_out": left_out,
@@ -100,7 +92,7 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
         "weights": None if itself else {"formats": {configuration.configuration: own}},
         "floor": floor,
         "text": parts or None,
-        "seconds": clock.seconds,
+        "seconds": time.perf_counter() - start,
     }
 
 
@@ -124,20 +116,6 @@ def fits_beside(model) -> bool:
     cuda = model.device.type == "cuda"
     room = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
     return room > model.get_memory_footprint() + SPARE_BYTES
-
-
-class _Clock:
-    """Adds the seconds since the last call to a named sum."""
-
-    def __init__(self):
-        self.seconds, self.last = {}, time.perf_counter()
-
-    def __call__(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
-        self.last = now
 
 
 def reference(study: Study, full, texts: list[Text], part: str) -> list[torch.Tensor]:
@@ -170,7 +148,7 @@ def reference(study: Study, full, texts: list[Text], part: str) -> list[torch.Te
 
 def position_metrics(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
     """From logits (n, vocabulary) and the tokens that follow (n,), per position: kl, nll_full and nll (nats), agreement
-    (0 or 1), change (of the following token's probability), confidence (largest probability in full precision).
+    (0 or 1).
     In float64: in float32 a sum over a vocabulary is wrong by 1e-7, which is above the noise floor."""
     parts = []
     for p, q, at in zip(*(x.split(ROWS[full.device.type]) for x in (full, other, targets[:, None])), strict=True):
@@ -182,9 +160,8 @@ def position_metrics(full: torch.Tensor, other: torch.Tensor, targets: torch.Ten
         log_other = (q - other_top).exp_().sum(-1).log() + other_top[:, 0]
         nll_full, nll = log_full - p.gather(-1, at)[:, 0], log_other - q.gather(-1, at)[:, 0]
         kl = (odds.mul_(p.sub_(q)).sum(-1) / size - log_full + log_other).clamp_min_(0)
-        change = (-nll).exp() - (-nll_full).exp()
-        parts.append(torch.stack([kl, nll_full, nll, (best == other_best)[:, 0].double(), change, 1 / size]).cpu())
-    names = ("kl", "nll_full", "nll", "agreement", "change", "confidence")
+        parts.append(torch.stack([kl, nll_full, nll, (best == other_best)[:, 0].double()]).cpu())
+    names = ("kl", "nll_full", "nll", "agreement")
     return dict(zip(names, torch.cat(parts, dim=1).numpy(), strict=True))
 
 
@@ -200,14 +177,12 @@ def compare_text(text: Text, full_states, full_head, states, head) -> dict[str, 
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _compare_all(texts, before, full_head, model, states, clock, progress) -> list[dict[str, np.ndarray]]:
+def _compare_all(texts, before, full_head, model, states, progress=None) -> list[dict[str, np.ndarray]]:
     """`states`: the model's own, where they are known already."""
     head, rows = model.get_output_embeddings(), []
     for i, text in enumerate(texts):
         mine = states[i] if states else hidden_states(model, [text])[0]
-        clock("reading")
         rows.append(compare_text(text, before[i], full_head, mine, head))
-        clock("comparing")
         if progress and (i + 1) % 10 == 0:
             progress(f"{i + 1} of {len(texts)} dialogues compared")
     return rows
@@ -250,10 +225,8 @@ def summarize(texts: list[Text], rows: list[dict[str, np.ndarray]], options: dic
         "tokens": int(owner.size),
         "dialogues": len(texts),
         "perplexity": {group: _perplexity(names, found, options) for group, found in sums.items()},
-        "kl": kl | {"by_group": by_group, "by_confidence": by_confidence(value)},
+        "kl": kl | {"by_group": by_group},
         "agreement": float(value["agreement"].mean()),
-        "agreement_interval": _limits(statistics.interval(value["agreement"], owner, **options)),
-        "correct_token": {"mean": float(value["change"].mean()), "rms": float(np.sqrt((value["change"] ** 2).mean()))},
         "per_dialogue": [
             {"id": text.id, "data_set": text.data_set} | {group: sums[group][i] for group in GROUPS}
             for i, text in enumerate(texts)
@@ -295,25 +268,12 @@ def _perplexity(names: list[str], sums: list[dict], options: dict) -> dict:
 
 
 def kl_summary(kl: np.ndarray, owner: np.ndarray, options: dict) -> dict:
-    """schema.Divergence of KL (n,); owner (n,): each one's dialogue. A bootstrap says nothing of the maximum."""
+    """schema.Divergence of KL (n,); owner (n,): each one's dialogue."""
     if not kl.size:
         return dict.fromkeys(("mean", *QUANTILES, "max", "intervals"))
-    rows = dict(zip(QUANTILES, ranks.quantiles(kl, owner, list(QUANTILES.values()), **options), strict=True))
-    found = {"mean": float(kl.mean()), "max": float(kl.max())} | {name: r["quantile"] for name, r in rows.items()}
-    rows["mean"] = statistics.interval(kl, owner, **options)
-    return found | {"intervals": {name: _limits(row) for name, row in rows.items()}}
-
-
-def by_confidence(value: dict[str, np.ndarray]) -> list[dict]:
-    """Rows of low, high (full precision's largest probability), count, kl (mean, nats), agreement: where full precision
-    is undecided, KL is large whatever the format (ExLlamaV3's qbench splits it so)."""
-    bucket = np.digitize(value["confidence"], BUCKETS[1:-1])
-    rows = []
-    for k, (low, high) in enumerate(itertools.pairwise(BUCKETS)):
-        mine = bucket == k
-        means = {key: float(value[key][mine].mean()) if mine.any() else None for key in ("kl", "agreement")}
-        rows.append({"low": low, "high": high, "count": int(mine.sum())} | means)
-    return rows
+    found = {name: float(np.quantile(kl, q, method="inverted_cdf")) for name, q in QUANTILES.items()}
+    found |= {"mean": float(kl.mean()), "max": float(kl.max())}
+    return found | {"intervals": {"mean": _limits(statistics.interval(kl, owner, **options))}}
 
 
 def _limits(row: dict) -> dict:

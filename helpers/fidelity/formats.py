@@ -12,18 +12,16 @@ blocks:
     asymmetric           16 evenly spaced levels from a block's smallest weight to its largest: two numbers a block
                          instead of one, so it is no codebook times absmax and may beat the best of them
 
-Are the weights Gaussian? Per layer, of x = w / absmax in blocks of 64: `excess_kurtosis`, the kurtosis of x less that
-of a Gaussian in the same blocks, and `ks_distance`, the largest difference between the distribution functions of x and
-of that Gaussian (Kolmogorov-Smirnov). A distance and no test, because with a million weights every test rejects.
+Are the weights Gaussian? Per layer, of x = w / absmax in blocks of 64: `ks_distance`, the largest difference between
+the distribution functions of x and of a Gaussian in the same blocks (Kolmogorov-Smirnov). A distance and no test,
+because with a million weights every test rejects.
 
 Weights that were quantized before (the embedded model's: Q4_1, 16 values in a block of 32) stand on a few values a
-block: `distinct_values_per_block` shows it. Their distances and errors are then those of a grid, not of trained
-weights; a format whose grid falls on theirs is flattered, the asymmetric one most, and Lloyd-Max finds a local optimum
-only.
+block. Their distances and errors are then those of a grid, not of trained weights; a format whose grid falls on theirs
+is flattered, the asymmetric one most, and Lloyd-Max finds a local optimum only.
 """
 
 import math
-import re
 import time
 
 import torch
@@ -98,37 +96,10 @@ def own_error(full_model, model, configuration: Configuration) -> dict:
     return _format(total / size, dtype=", ".join(sorted(stored)))
 
 
-def kind_and_depth(name: str) -> tuple[str, int | None]:
-    """`model.layers.3.self_attn.q_proj` -> ("q_proj", 3)."""
-    number = re.search(r"\.(\d+)\.", name)
-    return name.split(".")[-1], int(number[1]) if number else None
-
-
-def excess_kurtosis(values: torch.Tensor) -> float:
-    """Fourth central moment over the squared variance, less 3."""
-    centred = values.double() - values.double().mean()
-    square = centred.square()
-    return (square.square().mean() / square.mean() ** 2).item() - 3
-
-
-def _density_kurtosis(mass: torch.Tensor) -> float:
-    """Excess kurtosis of a symmetric density of total mass 1, from its bins' centres."""
-    centre = (torch.arange(codebooks.BINS, dtype=torch.float64) + 0.5) * (2 / codebooks.BINS) - 1
-    centre[0], centre[-1] = -1, 1  # hold the atoms
-    return ((mass * centre**4).sum() / (mass * centre**2).sum() ** 2).item() - 3
-
-
 def ks_distance(counts: torch.Tensor, reference: torch.Tensor) -> float:
     """Kolmogorov-Smirnov distance between two distributions over the same bins (BINS,), at the bins' edges."""
     mine, other = counts.double().cumsum(0), reference.cumsum(0)
     return (mine / mine[-1] - other / other[-1]).abs().max().item()
-
-
-def distinct_values_per_block(weight: torch.Tensor, block_size: int = BLOCK_SIZE, sample: int = 1000) -> float:
-    """Mean number of different values in the first blocks of a weight."""
-    blocks = weight.detach().reshape(-1)[: sample * block_size]
-    blocks = blocks[: blocks.numel() // block_size * block_size].view(-1, block_size).sort(dim=1).values
-    return (blocks.diff(dim=1) != 0).sum(dim=1).add(1).double().mean().item()
 
 
 def analyse(model, block_sizes: list[int], progress=None) -> dict:
@@ -141,28 +112,25 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
     if not layers:
         raise StudyError(f"{type(model).__name__} has no linear layers besides its output layer: no weights to analyse")
     rows, counts = _shapes(layers)
-    whole = {name: m.weight.detach() for name, m in layers.items()}
-    at_64 = _one_block_size(whole, BLOCK_SIZE)
-    levels = at_64["levels"] | {"lloyd_max": _best(at_64["together"], at_64["levels"])[0].tolist()}
-    share = SHARE[next(iter(whole.values())).device.type]
-    parts, table = {name: _beginning(weight, share) for name, weight in whole.items()}, []
+    whole = [module.weight.detach() for module in layers.values()]
+    levels, errors, together = _one_block_size(whole, BLOCK_SIZE)
+    levels |= {"lloyd_max": _best(together, levels)[0].tolist()}
+    share = SHARE[whole[0].device.type]
+    parts, table = [weight.reshape(-1)[: 4096 * math.ceil(share * weight.numel() / 4096)] for weight in whole], []
     for size in sorted(set(block_sizes)):
         # Four bits and a float32 scale a block; the asymmetric grid's two numbers count as 16 bits each (tinygemm).
         shape = {"block_size": size, "bits_per_weight": 4 + 32 / size}
-        for kind, error in _one_block_size(parts, size)["whole"].items():
-            table.append({"format": kind} | shape | {"relative_squared_error": error, "ppl": None, "ln_ratio": None})
+        for kind, error in _one_block_size(parts, size)[1].items():
+            table.append({"format": kind} | shape | {"relative_squared_error": error})
         if progress:
             progress(f"weights in blocks of {size}: done")
-    for row in rows:
-        row["errors"] = at_64["errors"][row["layer"]]
     gaussian = codebooks.gaussian_blocks(BLOCK_SIZE, by_square=False)
     edges = torch.linspace(-1, 1, FIGURE_BINS + 1, dtype=torch.float64)
     return {
-        "codebooks": {name: codebooks.describe(book) for name, book in levels.items()},
-        "formats": {kind: _format(error, dtype=STORED.get(kind)) for kind, error in at_64["whole"].items()},
+        "codebooks": {name: {"levels": sorted(book)} for name, book in levels.items()},
+        "formats": {kind: _format(error, dtype=STORED.get(kind)) for kind, error in errors.items()},
         "layers": rows,
-        "block_sizes": table,  # `perturb.block_sizes` fills ppl and ln_ratio in
-        "block_sizes_read": {"reason": "not read yet"},
+        "block_sizes": table,
         "histogram": {
             "edges": edges.tolist(),
             "density": _figure_density(counts),
@@ -180,62 +148,37 @@ def _figure_density(mass: torch.Tensor) -> list[float]:
 def _shapes(layers: dict) -> tuple[list[dict], torch.Tensor]:
     """Rows on the form of each layer's distribution, and the counts (BINS,) of all x."""
     gaussian = codebooks.gaussian_blocks(BLOCK_SIZE, by_square=False)
-    base, rows, total = _density_kurtosis(gaussian.mass), [], torch.zeros(codebooks.BINS, dtype=torch.float64)
+    rows, total = [], torch.zeros(codebooks.BINS, dtype=torch.float64)
     for name, module in layers.items():
         weight = module.weight.detach()
         x, _ = codebooks.normalized(weight, BLOCK_SIZE)
         counts = codebooks.density(x, torch.ones_like(x)).mass.cpu()
         total += counts
-        kind, depth = kind_and_depth(name)
-        rows.append(
-            {
-                "layer": name,
-                "kind": kind,
-                "depth": depth,
-                "weights": weight.numel(),
-                "excess_kurtosis": excess_kurtosis(x) - base,
-                "ks_distance": ks_distance(counts, gaussian.mass),
-                "distinct_values_per_block": distinct_values_per_block(weight),
-            }
-        )
+        rows.append({"layer": name, "weights": weight.numel(), "ks_distance": ks_distance(counts, gaussian.mass)})
     return rows, total
 
 
-def _beginning(weight: torch.Tensor, share: float) -> torch.Tensor:
-    """The first `share` of a weight, flat, in whole blocks of any size."""
-    return weight.reshape(-1)[: 4096 * math.ceil(share * weight.numel() / 4096)]
-
-
-def _one_block_size(layers: dict[str, torch.Tensor], size: int) -> dict:
-    """Errors of all formats in blocks of `size`: by layer, for all together, for Gaussian weights; and the codebooks.
-    int8, with a scale a row, only of matrices."""
-    sizes = {name: squared_size(weight) for name, weight in layers.items()}
-    errors, densities = {}, []
-    for name, weight in layers.items():
+def _one_block_size(weights: list[torch.Tensor], size: int) -> tuple[dict, dict, codebooks.Density]:
+    """In blocks of `size`, over all weights: codebooks, relative squared errors of all formats (int8, with a scale a
+    row, only of matrices), and the distribution of normalized weights."""
+    sizes, errors, densities = torch.tensor([squared_size(w) for w in weights], dtype=torch.float64), {}, []
+    for weight in weights:
         back = {kind: round_trip(weight, kind, size) for kind in ("nf4", "fp4")}
         back |= {"int8": round_trip_int8(weight)} if weight.ndim == 2 else {}
         back["asymmetric"] = round_trip_asymmetric(weight, size)
-        errors[name] = {kind: squared_error(weight, other) / sizes[name] for kind, other in back.items()}
+        errors |= {kind: errors.get(kind, 0.0) + squared_error(weight, other) for kind, other in back.items()}
         x, absmax = codebooks.normalized(weight, size)
         densities.append(codebooks.density(x, absmax.double().square()))
     stacked = codebooks.Density(*(torch.stack(part).cpu() for part in zip(*densities, strict=True)))
-    gaussian = codebooks.gaussian_blocks(size)
     levels = {name: codebooks.library(name) for name in ("nf4", "fp4")}
-    optimum = codebooks.lloyd_max(gaussian, torch.tensor(levels["nf4"]))[0].tolist()
+    optimum = codebooks.lloyd_max(codebooks.gaussian_blocks(size), torch.tensor(levels["nf4"]))[0].tolist()
     levels |= {"gaussian_lloyd_max": optimum, "uniform": codebooks.uniform()}
     own = {"lloyd_max": _best(stacked, levels)[1]}
     own |= {kind: codebooks.relative_squared_error(stacked, torch.tensor(levels[kind])) for kind in OWN[1:]}
-    for i, found in enumerate(errors.values()):
-        found |= {kind: relative[i].item() for kind, relative in own.items()}
-    order = [kind for kind in ("nf4", "fp4", "int8", *OWN, "asymmetric") if kind in found]
-    total = sum(sizes.values())
-    whole = {kind: sum(errors[name][kind] * sizes[name] for name in layers) / total for kind in order}
-    return {
-        "levels": levels,
-        "together": codebooks.Density(*(part.sum(0) for part in stacked)),
-        "errors": {name: {kind: found[kind] for kind in order} for name, found in errors.items()},
-        "whole": whole,
-    }
+    errors |= {kind: (relative * sizes).sum().item() for kind, relative in own.items()}
+    order = [kind for kind in ("nf4", "fp4", "int8", *OWN, "asymmetric") if kind in errors]
+    together = codebooks.Density(*(part.sum(0) for part in stacked))
+    return levels, {kind: errors[kind] / sizes.sum().item() for kind in order}, together
 
 
 def _best(distribution: codebooks.Density, levels: dict) -> tuple[torch.Tensor, torch.Tensor]:

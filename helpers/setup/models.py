@@ -193,7 +193,6 @@ def shares(model: PreTrainedModel, folder: Path | None) -> dict:
 
     quantized_share         of the weights in matrices; embeddings and output layer are left out, experts in 3-D tensors
                             are in (no method here quantizes them)
-    quantized_share_of_all  of all parameters
     bits_per_weight         as stored, scales and zero points included, over all quantized layers (full precision: all
                             linear ones); from the checkpoint in `folder` where a method unpacks its weights on loading
     """
@@ -212,7 +211,6 @@ def shares(model: PreTrainedModel, folder: Path | None) -> dict:
         stored = sum(stored_bytes(torch.nn.ModuleList(linear.values())).values()) - biases
     return {
         "quantized_share": inside / max(sum(matrices.values()), 1),
-        "quantized_share_of_all": inside / parameter_count(model),
         "bits_per_weight": 8 * stored / weights if weights else None,
     }
 

@@ -46,7 +46,7 @@ OUT := $(or $(RESULTS),executed/$(STUDY))
 MEASURED = $(sort $(notdir $(filter-out %.failed.ipynb,$(wildcard $(OUT)/*/02_benchmark*.ipynb))))
 FOLDER := $(if $(RESULTS),-p folder $(RESULTS))
 # What only reads results has no rules to make them: nothing may measure committed results again, nor a report a failure.
-READING := report report-pdf samples gate compare figures
+READING := report report-pdf samples llm-comparator gate compare figures
 MEASURING := $(if $(RESULTS),,$(filter-out $(READING),$(or $(MAKECMDGOALS),help)))
 
 # PYTHON=python3 uses an environment that is already there; without it, .venv is made and kept up to date.
@@ -105,7 +105,7 @@ PIP_LINES = sed -u -n -E '/^ *(Downloading|Installing|Successfully|Building)/s/^
 
 # ---- the study ----
 
-.PHONY: run-all measure again report report-pdf samples gate compare figures check
+.PHONY: run-all measure again report report-pdf samples llm-comparator gate compare figures check
 run-all: check ## run the whole study: evaluate, benchmark, compare, report (what is fresh is not run again)
 	@result=0; $(MAKE) -k --no-print-directory measure || result=$$?; \
 	$(MAKE) -k --no-print-directory report figures || result=$$?; \
@@ -173,6 +173,11 @@ samples: $(OUT)/samples.html ## the page of every answer alone: two configuratio
 
 $(OUT)/samples.html: $(RESULT_FILES) $(ANALYSIS) $(wildcard notebooks/template/*) | $(ENV)
 	@$(PY) -m helpers.analysis.samples $(OUT)
+
+A ?= fp16
+B ?= nf4
+llm-comparator: $(ENV) ## answers of A and B as a file for Google PAIR's LLM Comparator (A=fp16 B=nf4)
+	@$(PY) -m helpers.analysis.samples $(OUT) --pair $(A) $(B)
 
 CONFIG ?= nf4
 gate: $(ENV) ## may CONFIG=nf4 replace full precision? LEAST_RECOVERY=95 (per cent) and LARGEST_LOSS=2 (points)

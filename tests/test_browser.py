@@ -82,7 +82,7 @@ def rendered(tmp_path_factory):
             shutil.copy2(ROOT / name, root / name)
     shutil.copytree(ROOT / REFERENCE, root / REFERENCE)
     (root / REFERENCE / "report.html").unlink(missing_ok=True)
-    command = ["make", "report", "report-pdf", f"PYTHON={sys.executable}", f"RESULTS={REFERENCE}"]
+    command = ["make", "report", "report-pdf", "llm-comparator", f"PYTHON={sys.executable}", f"RESULTS={REFERENCE}"]
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -127,6 +127,7 @@ def test_report_is_one_small_file_and_prints(rendered):
     assert (rendered / "report.html").stat().st_size < LARGEST
     printed = (rendered / "report.pdf").read_bytes()
     assert printed.startswith(b"%PDF") and b"file:" not in printed  # no path of this machine
+    assert (rendered / "llm_comparator_fp16_nf4.json").is_file()
 
 
 def test_jupyterlab_gets_no_style_or_script_from_04(rendered):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from helpers import ROOT, StudyError
-from helpers.analysis import compare, frames, gate
+from helpers.analysis import compare, frames, gate, samples
 
 REFERENCE = "executed/reference/h200/smollm2-135m"
 
@@ -81,6 +81,26 @@ def test_exit_status_line_and_file(tmp_path, monkeypatch, capsys):
     command = [sys.executable, "-m", "helpers.analysis.gate", "executed/no-such", "nf4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 3 and "executed/no-such: holds no results" in done.stderr
+
+
+def test_llm_comparator_has_the_fields_that_its_readme_requires(f):
+    data = samples.collect(f)
+    written = json.loads(json.dumps(samples.comparator(data, "fp16", "nf4"), allow_nan=False))
+    assert set(written) == {"metadata", "models", "examples"} and [m["name"] for m in written["models"]] == [
+        "FP16",
+        "NF4",
+    ]
+    fields = {field["name"] for field in written["metadata"]["custom_fields_schema"]}
+    wide = f.wide("f1")
+    assert len(written["examples"]) == len(wide)
+    for example, (_, row) in zip(written["examples"], wide.iterrows()):
+        required = {"input_text", "tags", "output_text_a", "output_text_b", "score", "individual_rater_scores"}
+        assert set(example) == required | {"custom_fields"} and set(example["custom_fields"]) == fields
+        assert (
+            example["score"] == pytest.approx(1.5 * (row.fp16 - row.nf4), abs=1e-3) and -1.5 <= example["score"] <= 1.5
+        )
+    with pytest.raises(StudyError, match="nf5: has no answers in this study; choose A and B from fp16"):
+        samples.comparator(data, "fp16", "nf5")
 
 
 # ---- several studies ----

@@ -1,13 +1,16 @@
-"""What the models said: `python -m helpers.analysis.samples executed/STUDY` writes executed/STUDY/samples.html.
+"""What the models said: samples.html, and the same as JSON for Google PAIR's LLM Comparator.
+
+    python -m helpers.analysis.samples executed/STUDY                  -> executed/STUDY/samples.html
+    python -m helpers.analysis.samples executed/STUDY --pair fp16 nf4  -> executed/STUDY/llm_comparator_fp16_nf4.json
 
 samples.html needs no network. The part after # chooses what it opens with, so that a report can link to one answer:
     samples.html#a=fp16&b=nf4&flip=lost            right with A, wrong with B (also gained, both, neither, text)
     samples.html#a=fp16&b=nf4&q=DATA_SET/DIALOGUE/TURN
 """
 
+import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import jinja2
@@ -99,10 +102,52 @@ def page(data: dict) -> str:
     return environment().get_template("samples.html.j2").render(study=data["study"], data=in_script(data), texts=texts)
 
 
+def comparator(data: dict, a: str, b: str) -> dict:
+    """The file format of https://github.com/PAIR-code/llm-comparator (README, JSON Data Format).
+
+    Its score runs from 1.5 (A is better) to -1.5: here F1 of A minus F1 of B, times 1.5. Raises StudyError for a
+    configuration without answers or results without texts.
+    """
+    names = [c["name"] for c in data["configurations"]]
+    if missing := [name for name in (a, b) if name not in names]:
+        raise StudyError(f"{missing[0]}: has no answers in this study; choose A and B from {', '.join(names)}")
+    if not any(q["question"] for q in data["questions"]):
+        raise StudyError(f"{data['study']}: these results hold no texts; evaluate again to compare answers")
+    pair = [names.index(a), names.index(b)]
+    fields = {"f1": "per_model_number", "right": "per_model_boolean", "kl_from_full": "per_model_number"}
+    fields |= {"references": "text", "turn": "number", "last_turn": "category", "data_set": "category", "id": "string"}
+    examples = []
+    for q in data["questions"]:
+        dialogue = data["dialogues"][q["d"]]
+        f1, kl = ([q[key][i] for i in pair] for key in ("f1", "kl"))
+        own = {"f1": f1, "right": [q["right"][i] for i in pair], "kl_from_full": kl}
+        own |= {"references": "\n".join(q["references"] or []), "turn": q["turn"]}
+        own |= {"last_turn": "last" if q["last"] else "earlier", "data_set": dialogue["set"]}
+        own |= {"id": f"{dialogue['set']}/{dialogue['id']}/{q['turn']}"}
+        said = {f"output_text_{side}": q["said"][i] or "" for side, i in zip("ab", pair)}
+        said |= {"input_text": "\n\n".join(filter(None, (dialogue["story"], f"Q: {q['question']}")))}
+        said |= {"tags": [dialogue["domain"]] if dialogue["domain"] else [], "individual_rater_scores": []}
+        examples.append(said | {"score": round(1.5 * (f1[0] - f1[1]), 4), "custom_fields": own})
+    schema = [{"name": name, "type": kind} for name, kind in fields.items()]
+    models = [{"name": data["configurations"][i]["label"]} for i in pair]
+    metadata = {"source_path": data["study"], "custom_fields_schema": schema}
+    return {"metadata": metadata, "models": models, "examples": examples}
+
+
 def main() -> None:
-    target = Path(sys.argv[1]) / "samples.html"
+    parser = argparse.ArgumentParser(prog="python -m helpers.analysis.samples")
+    parser.add_argument("folder")
+    parser.add_argument("--pair", nargs=2, metavar=("A", "B"))
+    given = parser.parse_args()
     try:
-        results.write_text(target, page(collect(frames.load(sys.argv[1]))))
+        f = frames.load(given.folder)
+        data, target = collect(f), Path(given.folder)
+        if given.pair:
+            target /= f"llm_comparator_{'_'.join(given.pair)}.json"
+            results.write_json(target, comparator(data, *given.pair))
+        else:
+            target /= "samples.html"
+            results.write_text(target, page(data))
     except StudyError as error:
         raise SystemExit(str(error)) from None
     print(target)

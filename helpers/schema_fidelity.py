@@ -130,6 +130,15 @@ class BlockSize(Exact):
     block_size: int
     bits_per_weight: float
     relative_squared_error: float
+    ppl: float | None = None  # all linear layers in this format; None: not read
+    ln_ratio: float | None = None  # ln(ppl / full precision's)
+
+
+class BlockSizeTexts(Exact):
+    texts: int  # dialogues, or their beginnings on a CPU
+    tokens: int
+    ppl_full: float
+    reason: str | None  # why sizes have no perplexity
 
 
 class Histogram(Exact):
@@ -143,6 +152,7 @@ class WeightErrors(Exact):
     formats: dict[str, FormatError]
     layers: list[Layer]
     block_sizes: list[BlockSize]
+    block_sizes_read: BlockSizeTexts | NotDone | None = None  # what ppl was read on
     histogram: Histogram
     seconds: float
 

@@ -14,6 +14,7 @@ from helpers.analysis.weight_claims import noise_helps
 from helpers.fidelity import formats, perturb, texts
 from helpers.schema import DATA
 from helpers.setup import coqa
+from helpers.setup.layers import linear_layers
 
 OPTIONS = {"confidence": 0.95, "resamples": 200, "seed": 1}
 
@@ -132,9 +133,25 @@ def test_a_score_of_other_questions_is_an_error(model, short):
         perturb.noise(model, short, [], OPTIONS, score=lambda m: ([0.1, 0.2], next(ids)))
 
 
+def test_perplexity_of_block_sizes(model, short):
+    rows = [
+        {"format": kind, "block_size": size, "ppl": None, "ln_ratio": None}
+        for kind, size in (("nf4", 64), ("fp4", 1024), ("nf4", 128), ("uniform", 64))
+    ]
+    found = perturb.block_sizes(model, short, rows)
+    assert [row["ppl"] is not None for row in rows] == [True, True, False, False]
+    assert "64 and 1024" in found["reason"] and found["tokens"] == len(texts.scored(short[0]))
+    new = {n: formats.round_trip(m.weight, "fp4", 1024) for n, m in linear_layers(model).items()}
+    with perturb.swapped(model, new):
+        assert rows[1]["ppl"] == pytest.approx(texts.perplexity(texts.nll_sums(model, short)))
+    assert rows[0]["ln_ratio"] == pytest.approx(np.log(rows[0]["ppl"] / found["ppl_full"]))
+
+
 def test_results_are_what_the_schema_says(model, short):
+    weights = formats.analyse(model, [64])
+    weights["block_sizes_read"] = perturb.block_sizes(model, short, weights["block_sizes"])
     found = {
-        "weights": formats.analyse(model, [64]),
+        "weights": weights,
         "noise": perturb.noise(model, short, [0], OPTIONS),
         "left_out": [],
     }

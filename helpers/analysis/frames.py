@@ -40,7 +40,7 @@ formats         index: format. relative_squared_error, sqnr_db, dtype: each form
                 each quantized configuration's own (comparable: False where its method moves scales into neighbouring
                 layers)
 layers          layer, weights, ks_distance (from Gaussian)
-block_sizes     format, block_size, bits_per_weight, relative_squared_error
+block_sizes     format, block_size, bits_per_weight, relative_squared_error, ppl, ln_ratio (NF4 and FP4)
 noise           kind (nf4; block: noise matched to it), seed, relative_squared_error, ln_ratio, ln_low, ln_high,
                 f1, f1_low, f1_high (difference from full precision)
 hardware        configuration, process, device, gb_per_second (copy), tflops (matmul), dtype, warnings

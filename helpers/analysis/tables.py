@@ -140,7 +140,7 @@ def formats(weights: dict, fidelity: dict) -> pd.DataFrame:
 def block_sizes(weights: dict) -> pd.DataFrame:
     """Results of earlier versions also hold rows of double quantization."""
     rows = [row for row in dig(weights, "weights.block_sizes") or [] if not row.get("double_quant")]
-    return table(rows, "format block_size bits_per_weight relative_squared_error")
+    return table(rows, "format block_size bits_per_weight relative_squared_error ppl ln_ratio")
 
 
 def layers(weights: dict) -> pd.DataFrame:

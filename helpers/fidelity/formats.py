@@ -121,7 +121,7 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
         # Four bits and a float32 scale a block; the asymmetric grid's two numbers count as 16 bits each (tinygemm).
         shape = {"block_size": size, "bits_per_weight": 4 + 32 / size}
         for kind, error in _one_block_size(parts, size)[1].items():
-            table.append({"format": kind} | shape | {"relative_squared_error": error})
+            table.append({"format": kind} | shape | {"relative_squared_error": error, "ppl": None, "ln_ratio": None})
         if progress:
             progress(f"weights in blocks of {size}: done")
     gaussian = codebooks.gaussian_blocks(BLOCK_SIZE, by_square=False)
@@ -130,7 +130,8 @@ def analyse(model, block_sizes: list[int], progress=None) -> dict:
         "codebooks": {name: {"levels": sorted(book)} for name, book in levels.items()},
         "formats": {kind: _format(error, dtype=STORED.get(kind)) for kind, error in errors.items()},
         "layers": rows,
-        "block_sizes": table,
+        "block_sizes": table,  # `perturb.block_sizes` fills ppl and ln_ratio in
+        "block_sizes_read": {"reason": "not read yet"},
         "histogram": {
             "edges": edges.tolist(),
             "density": _figure_density(counts),

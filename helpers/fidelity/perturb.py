@@ -6,7 +6,7 @@
 NF4's error is larger where a block of 64 weights is, so the noise is Gaussian and in each block as large as the error
 there.
 
-A CPU reads fewer texts (DIALOGUES, NOISE_TOKENS) and answers no questions; the results say so.
+A CPU reads fewer texts (DIALOGUES, NOISE_TOKENS, BUDGET) and answers no questions; the results say so.
 """
 
 import time
@@ -23,6 +23,8 @@ from helpers.setup.layers import linear_layers
 
 DIALOGUES = {"cpu": 10, "cuda": 100}  # for noise: at least 10, below which there is no interval
 NOISE_TOKENS = {"cpu": 128, "cuda": None}  # of each; None: all
+BUDGET = 2, 128  # texts, and tokens of each, that a CPU reads for the sweep of block sizes
+SIZES_ON_CPU = (64, 1024)  # of the sweep of block sizes, with perplexity
 NOT_SCORED = "it needs a GPU: the questions are answered again for every row"
 
 
@@ -139,6 +141,30 @@ def _f1(base, other, options: dict) -> dict:
             "score: the perturbed model was asked other questions than full precision; score the same ones every time"
         )
     return _difference(statistics.paired(base[0], other[0], np.array(base[1]), **options))
+
+
+# ---- block sizes ----
+
+
+def block_sizes(model, texts: list[Text], rows: list[dict], progress=None) -> dict:
+    """Fills in ppl and ln_ratio of NF4's and FP4's rows of `formats.analyse`'s block_sizes, the whole model's weights
+    replaced. A CPU does SIZES_ON_CPU on the beginnings of few texts. Returns schema's BlockSizeTexts."""
+    cpu = model.device.type == "cpu"
+    some = beginnings(texts, *BUDGET) if cpu else texts[: DIALOGUES["cuda"]]
+    base = nll_sums(model, some)
+    tokens = sum(n for _, n in base)
+    for row in rows:
+        kind, size = row["format"], row["block_size"]
+        if kind not in ("nf4", "fp4") or (cpu and size not in SIZES_ON_CPU):
+            continue
+        new = {name: formats.round_trip(m.weight, kind, size) for name, m in linear_layers(model).items()}
+        with swapped(model, new):
+            nll = nll_sums(model, some)
+        row |= {"ppl": perplexity(nll), "ln_ratio": sum(a[0] - b[0] for a, b in zip(nll, base, strict=True)) / tokens}
+        if progress:
+            progress(f"{kind} in blocks of {size}: perplexity {row['ppl']:.3f}, full precision {perplexity(base):.3f}")
+    reason = f"a CPU reads {' and '.join(map(str, SIZES_ON_CPU))} only" if cpu else None
+    return {"texts": len(some), "tokens": tokens, "ppl_full": perplexity(base), "reason": reason}
 
 
 def beginnings(texts: list[Text], count: int, tokens: int | None) -> list[Text]:

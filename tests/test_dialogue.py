@@ -23,7 +23,7 @@ from helpers.evaluate.hf_dialogue import FALLBACK_BATCH, HFDialogue
 from helpers.evaluate.limits import CPU_ROWS
 from helpers.evaluate.prefixes import ends, group_by_prefix
 from helpers.evaluate.requests import Request, guess
-from helpers.evaluate.run import evaluate, floor
+from helpers.evaluate.run import evaluate, floor, slim
 from helpers.setup import coqa
 from helpers.setup.layers import widest_layer
 from helpers.setup.models import Loaded
@@ -543,6 +543,8 @@ def test_further_tasks_have_a_report_of_their_own(study, tiny, tokenizer):
     assert found["engine"]["counts"]["requests"] == len(found["samples"]["coqa_turns"])
     assert found["engine"]["tasks"]["counts"]["requests"] == 3 * 4 and not found["engine"]["tasks"]["fallbacks"]
     assert 0 <= found["results"]["few_shot_choices"]["acc,none"] <= 1
+    kept = [slim(row) for row in found["samples"]["coqa_turns"]]  # a prompt holds all before it: the story is kept once
+    assert [row["doc"]["turn"] for row in kept if "text" in row["doc"]] == [1, 1] and "arguments" not in kept[0]
     # In float32 a batch changes nothing; what did change is counted.
     none = {"right_to_wrong": 0, "wrong_to_right": 0, "f1_difference": 0}
     assert floor(study, loaded, found) == {"same_text": 1, **none}

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from helpers import StudyError, params, statistics
-from helpers.analysis import accuracy_claims, claims, durations, hardware_claims
+from helpers.analysis import accuracy_claims, claims, durations, evidence, hardware_claims
 from helpers.analysis.evidence import BATCH, BUDGET, COUNTED, FAILS, HOLDS, LENGTH, MODE, OPEN
 from helpers.analysis.frames import Frames
 
@@ -120,7 +120,7 @@ def frames(made: dict) -> Frames:
 
 
 def judged(made: dict, designs: list | None = None) -> pd.DataFrame:
-    return claims.judge(frames(made), PAPER, designs).set_index("id")
+    return claims.judged(evidence.facts(frames(made), PAPER, designs)).set_index("id")
 
 
 def test_a_study_in_which_the_paper_is_right():
@@ -291,7 +291,7 @@ def test_a_time_verdict_says_its_modes_and_how_few_processes_decide_nothing():
 
 def test_a_format_that_runs_full_precisions_kernels_is_never_ranked():
     f = frames(spec())
-    facts = claims.evidence.facts(f, PAPER, [])
+    facts = evidence.facts(f, PAPER, [])
     assert set(facts.ratios.configuration) == {"nf4", "fp4"}
     unmeasured = f._replace(sizes=pd.concat([f.sizes, pd.DataFrame({"allocated": np.nan}, index=["gptq"])]))
     assert accuracy_claims.nf4_pareto(facts._replace(f=unmeasured)).verdict == HOLDS
@@ -362,7 +362,8 @@ def test_modes_that_decide_otherwise_make_a_claim_depend_on_the_mode():
 
 
 def test_every_claim_of_the_paper_has_one_entry_and_one_function():
-    rows = claims.judge(frames(spec() | {"gains": {}}), PAPER)
+    facts = evidence.facts(frames(spec() | {"gains": {}}), PAPER)
+    rows = claims.judged(facts)
     assert not rows.reported.str.contains("{", regex=False).any()
     with pytest.raises(StudyError, match=r"differ in nf4_beats_full; give each claim"):
-        claims.judge(frames(spec() | {"gains": {}}), PAPER | {"claims": PAPER["claims"][1:]})
+        claims.judged(facts._replace(paper=PAPER | {"claims": PAPER["claims"][1:]}))

@@ -1,7 +1,7 @@
 """The paper's claims, each decided by a function of the tables.
 
 params/paper.yaml says what the paper claims and reports; accuracy_claims, hardware_claims and weight_claims decide, one
-function per claim. `judge(f)` returns a table, a row per claim: id, section, about, claim, reported (the paper's
+function per claim. `judged(facts)` returns a table, a row per claim: id, section, about, claim, reported (the paper's
 numbers as text), verdict, direction, size, equality (the parts of a verdict that has them), all_turns and em (the same
 question asked of all turns, and of exact match), evidence (a sentence with this study's numbers), kind and scope. What
 is missing gives "cannot be decided" and says what was not measured.
@@ -9,10 +9,9 @@ is missing gives "cannot be decided" and says what was not measured.
 
 import pandas as pd
 
-from helpers import StudyError, params
-from helpers.analysis import accuracy_claims, contrasts, evidence, hardware_claims, weight_claims
+from helpers import StudyError
+from helpers.analysis import accuracy_claims, contrasts, hardware_claims, weight_claims
 from helpers.analysis.evidence import FAILS, HOLDS, OPEN, Facts, NotMeasured, Verdict
-from helpers.analysis.frames import Frames
 
 CLAIMS = {
     name: rule
@@ -68,13 +67,9 @@ def reported_numbers(paper: dict) -> dict[str, float]:
     return numbers | {"questions": paper["questions"], "reduction": 100 * paper["size_reduction"]}
 
 
-def judge(f: Frames, paper: dict | None = None, designs: list[dict] | None = None) -> pd.DataFrame:
+def judged(facts: Facts) -> pd.DataFrame:
     """A row for each claim, in the paper's order. Raises StudyError if paper.yaml and the functions name other
     claims."""
-    return judged(evidence.facts(f, params.read_paper() if paper is None else paper, designs))
-
-
-def judged(facts: Facts) -> pd.DataFrame:
     named = [entry["id"] for entry in facts.paper["claims"]]
     if sorted(named) != sorted(CLAIMS):
         odd = ", ".join(sorted(set(named) ^ set(CLAIMS))) or "an id twice"

@@ -1,6 +1,6 @@
 """May a quantized configuration replace full precision? A gate for continuous integration.
 
-    python -m helpers.analysis.gate executed/STUDY nf4 --least-recovery 95 --largest-loss 2 [--metric em] [--last-turns]
+    python -m helpers.analysis.gate executed/STUDY nf4 --least-recovery 95 --largest-loss 2
 
 Prints one line, writes FOLDER/CONFIGURATION/gate.json and exits with 0 (pass), 1 (fail), 2 (these dialogues are too few
 to say) or 3 (no results to judge). Make's own status is 2 for anything but a pass; who needs the difference calls this.
@@ -20,8 +20,8 @@ STATUS = {"pass": 0, "fail": 1, "too small": 2}
 LEAST_RECOVERY = 95.0  # per cent, if no threshold is given
 
 
-def judge(f, configuration: str, least_recovery=None, largest_loss=None, metric="f1", last_turns=False) -> dict:
-    """recovery.gate of a configuration vs full precision, as JSON values.
+def judge(f, configuration: str, least_recovery=None, largest_loss=None) -> dict:
+    """recovery.gate of a configuration's F1 on all turns vs full precision, as JSON values.
 
     least_recovery: per cent of full precision's mean; largest_loss: points of 100. Of the two, None is not asked for;
     if both are, least_recovery is 95. Losses and differences in the result are in points, `needed` is None if no number
@@ -32,7 +32,7 @@ def judge(f, configuration: str, least_recovery=None, largest_loss=None, metric=
         raise StudyError(f"LEAST_RECOVERY={least_recovery:g}: is a percentage of full precision's score, 0 to 100")
     if largest_loss is not None and not largest_loss >= 0:
         raise StudyError(f"LARGEST_LOSS={largest_loss:g}: is a loss in points, 0 or more")
-    wide, options = f.wide(metric, last_turns), contrasts.options(f)
+    wide, options = f.wide("f1"), contrasts.options(f)
     names = [name for name in wide if name != f.full]
     if f.full not in wide:
         raise StudyError(f"{f.study.study}: full precision has no answers to compare with; run make run-all first")
@@ -42,7 +42,7 @@ def judge(f, configuration: str, least_recovery=None, largest_loss=None, metric=
     row = recovery.gate(wide[f.full], wide[configuration], contrasts.clusters(wide), *bounds, **options)
     row |= {key: 100 * row[key] for key in ("difference", "difference_bound") if row[key] is not None}
     row["needed"] = int(row["needed"]) if row["needed"] and math.isfinite(row["needed"]) else None
-    asked = {"configuration": configuration, "full": f.full, "metric": metric, "last_turns": last_turns}
+    asked = {"configuration": configuration, "full": f.full}
     asked |= {"least_recovery": least_recovery, "largest_loss": largest_loss}
     return asked | row | {"confidence": options["confidence"], "n_questions": len(wide)}
 
@@ -51,7 +51,7 @@ def sentence(f: frames.Frames, row: dict) -> str:
     """The verdict in one line."""
     asked = [f"recovery of at least {row['least_recovery']:g}%"] if row["least_recovery"] is not None else []
     asked += [f"loss of at most {row['largest_loss']:g} points"] if row["largest_loss"] is not None else []
-    what = f"{f.label(row['configuration'])} vs {f.label(row['full'])}, {contrasts.METRICS[row['metric']]}"
+    what = f"{f.label(row['configuration'])} vs {f.label(row['full'])}, F1"
     if row["reason"]:
         return f"n too small: {what}: {row['reason']}"
     text = (
@@ -73,8 +73,6 @@ def main() -> int:
     parser.add_argument("configuration")
     parser.add_argument("--least-recovery", type=float, metavar="PERCENT")
     parser.add_argument("--largest-loss", type=float, metavar="POINTS")
-    parser.add_argument("--metric", choices=tuple(contrasts.METRICS), default="f1")
-    parser.add_argument("--last-turns", action="store_true")
     given = vars(parser.parse_args())
     try:
         f = frames.load(given.pop("folder"))

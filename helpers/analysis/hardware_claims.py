@@ -8,6 +8,7 @@ import pandas as pd
 from helpers.analysis import contrasts, durations, evidence
 from helpers.analysis.evidence import BATCH, FAILS, HOLDS, OPEN, Facts, NotMeasured, Verdict, size_mb
 from helpers.analysis.frames import MODES
+from helpers.analysis.sentences import spread
 from helpers.analysis.style import number, percent, times
 
 
@@ -78,7 +79,10 @@ def _time_claim(facts: Facts, phase: str, key: str, reported: str, mixed: str) -
         told = []
         for name in ("nf4", "fp4"):
             mine = part[part.configuration == name].sort_values(key)
-            at = [f"{_ratio(row)} at {_at(key, getattr(row, key))}" for row in mine.itertuples()]
+            at = [
+                f"{times(row.ratio)} {spread(row)}".strip() + f" at {_at(key, getattr(row, key))}"
+                for row in mine.itertuples()
+            ]
             told += [f"{facts.f.label(name)} {', '.join(at)}"] if at else []
         texts.append(f"{MODES.get(mode, mode)} ({verdicts[mode]}): {', '.join(told)}")
     return Verdict(_across_modes(verdicts), f"time over full precision's; {'; '.join(texts)}{_few(ratios)}")
@@ -86,11 +90,6 @@ def _time_claim(facts: Facts, phase: str, key: str, reported: str, mixed: str) -
 
 def _at(key: str, x: float) -> str:
     return f"{x:,.0f} tokens" if key == "tokens" else f"batch {x:,.0f}"
-
-
-def _ratio(row) -> str:
-    spread = f" [{number(row.ratio_low)}, {number(row.ratio_high)}]" if row.processes > 1 else ""
-    return times(row.ratio) + spread
 
 
 def _few(ratios: pd.DataFrame) -> str:

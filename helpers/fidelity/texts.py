@@ -12,8 +12,6 @@ import numpy as np
 import torch
 
 from helpers import ROOT, StudyError
-from helpers.params import Study
-from helpers.setup import coqa
 
 WINDOW = 512  # llama.cpp's default context
 WINDOWS = {"cpu": 10, "cuda": None}  # of a text file, at most; None: all of them
@@ -27,11 +25,6 @@ class Text(NamedTuple):
     id: str
     ids: torch.Tensor  # (tokens,)
     turn: np.ndarray  # (tokens,): 0 in the story or file, t in the gold answer of turn t, -1: does not count
-
-
-def dialogues(study: Study) -> list[dict]:
-    """Those that 03 reads: of each source at most `fidelity.dialogues`."""
-    return coqa.read_all(study, study.fidelity.dialogues)
 
 
 def encode(dialogues: list[dict], tokenizer, limit: int | None = None) -> tuple[list[Text], list[dict]]:

@@ -16,6 +16,8 @@ CASES = {
     "a login page with status 200": {"fault": "page"},
     "an answer that repeats the token": {"fault": "echo"},
     "other content than its checksum": {"fault": "flip"},
+    "cut off in the middle of the weights": {"fault": "cut"},
+    "a byte now and then": {"fault": "drip"},
     "stalled": {"fault": "stall"},
 }
 

@@ -26,7 +26,7 @@ def fault(name: str):
 
 def with_own_cache(project: Path) -> Path:
     """Give the project a cache of its own: it is going to be damaged."""
-    (project / ".cache").unlink()
+    shutil.rmtree(project / ".cache")  # its links, not what they lead to
     (project / ".cache").mkdir()
     return project
 

@@ -2,7 +2,8 @@
 
     python -m tests.faults.run [--kills 100] [--only NAME] [--out executed/faults.json]
 
-Works in a copy of the project in a temporary folder. For every fault: inject it, `make measure` (and `report` where a
+Works in two copies of the project in a temporary folder, at the same time: one for files and programs, one for
+signals and the hub. For every fault: inject it, `make measure` (and `report` where a
 finished file is damaged), compare every finished result byte by byte, undo the fault or apply the remedy that the
 message names, `make check measure report`; at the end one `make run-all`. A row holds
 
@@ -21,7 +22,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -105,8 +108,8 @@ def row(fault: str, **values) -> dict:
     return {"fault": fault} | empty | {"next_exit": None, "survived": False, "seconds": 0.0} | values
 
 
-def survive(project: Path, name: str, fault) -> dict:
-    """One row of the table. A fault yields (options of make, pattern of the files that have to be made again)."""
+def survive(project: Path, fault) -> dict:
+    """One row's values. A fault yields (options of make, pattern of the files that have to be made again)."""
     start, before = time.monotonic(), {study: finished(project, study) for study in ("tiny", "hardware")}
     with contextmanager(fault)(project) as (options, again):
         study = options.get("study", "tiny")
@@ -117,17 +120,16 @@ def survive(project: Path, name: str, fault) -> dict:
     missing += lost(project, before[study], f"{again}|{re.escape(removed)}" if removed else again, study)
     missing += incomplete(project, before[study], study)
     broken = "Traceback" in output + end
-    return row(
-        name,
-        exit=code,
-        said=said,
-        remedy_applied=removed or None,
-        lost=sorted(set(missing)),
-        traceback=broken,
-        next_exit=last,
-        survived=not missing and not broken and last == 0,
-        seconds=round(time.monotonic() - start, 1),
-    )
+    return {
+        "exit": code,
+        "said": said,
+        "remedy_applied": removed or None,
+        "lost": sorted(set(missing)),
+        "traceback": broken,
+        "next_exit": last,
+        "survived": not missing and not broken and last == 0,
+        "seconds": round(time.monotonic() - start, 1),
+    }
 
 
 def killed(project: Path, kind: signal.Signals, times: int, draw: random.Random) -> dict:
@@ -154,16 +156,15 @@ def killed(project: Path, kind: signal.Signals, times: int, draw: random.Random)
         spoiled += sum(not _readable(path) for path in (project / "executed/hardware").rglob("[a-z]*.json"))
     code, output = make(project, study="hardware")
     missing |= set(incomplete(project, {}, "hardware"))
-    return row(
-        f"{kind.name} to make and all that it started, at random points",
-        repeats=times,
-        said=f"{completed} runs were complete before the next signal",
-        lost=sorted(missing),
-        traceback="Traceback" in output,
-        next_exit=code,
-        survived=code == 0 and not missing and not spoiled,
-        seconds=round(time.monotonic() - start, 1),
-    )
+    return {
+        "repeats": times,
+        "said": f"{completed} runs were complete before the next signal",
+        "lost": sorted(missing),
+        "traceback": "Traceback" in output,
+        "next_exit": code,
+        "survived": code == 0 and not missing and not spoiled,
+        "seconds": round(time.monotonic() - start, 1),
+    }
 
 
 def _readable(path: Path) -> bool:
@@ -192,46 +193,58 @@ def table(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def files(project: Path, given, add) -> None:
+    """The faults of `inject`, one after the other in one project."""
+    wanted = {name: fault for name, fault in inject.FAULTS.items() if re.search(given.only, name)}
+    if not wanted:
+        return
+    inject.with_own_cache(tiny.copy(project))
+    (code, output), (other, more) = make(project), make(project, study="hardware")
+    if code or other:
+        raise SystemExit(f"the study does not run without a fault:\n{(output + more)[-2000:]}")
+    for name, fault in wanted.items():
+        add(name, survive(project, fault))
+    last, output = make(project)
+    add("make run-all after all of it", {"said": sentence(output), "next_exit": last, "survived": last == 0})
+    add("a token in the environment all the time", {"lost": (leaks := leaked(project)), "survived": not leaks})
+
+
+def signals_and_hub(project: Path, given, add) -> None:
+    """Meanwhile, in another project on the second core: signals, then hubs that misbehave."""
+    inject.with_own_cache(tiny.copy(project))
+    draw = random.Random(0)
+    for kind, times in (("SIGKILL", given.kills), ("SIGTERM", given.kills // 10), ("SIGINT", given.kills // 10)):
+        if times and re.search(given.only, kind):
+            add(f"{kind} to make and all that it started", killed(project, signal.Signals[kind], times, draw))
+    for name, values in hub.rows(project, make, given.only):
+        add(f"hub: {name}", values)
+    add("a token that the hub repeats", {"lost": (leaks := leaked(project)), "survived": not leaks})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs; a tenth as many SIGTERMs and Ctrl-Cs")
     parser.add_argument("--only", default="", help="faults whose name matches")
     parser.add_argument("--out", type=Path, default=ROOT / "executed/faults.json")
-    parser.add_argument("--folder", type=Path, help="where to work; a project that is there is used again")
     given, start = parser.parse_args(), time.monotonic()
     origin = results.provenance(params.read_study("smollm2-135m"), None)
-    rows, draw = [], random.Random(0)
+    rows, writing = [], threading.Lock()
 
-    def add(new):
-        rows.append(new)
+    def add(name, values):
+        new = row(name, **values)
         word = "survived" if new["survived"] else "LOST    "
-        print(f"{new['seconds']:6.0f} s  {word}  {new['fault']}: {new['said']}", flush=True)
-        found = {"provenance": origin, "kills": given.kills, "seconds": round(time.monotonic() - start), "rows": rows}
-        found["complete"] = not given.only
-        results.write_json(given.out, found)
-        results.write_text(given.out.with_suffix(".md"), table(found))
+        with writing:
+            rows.append(new)
+            print(f"{new['seconds']:6.0f} s  {word}  {name}: {new['said']} {new['lost'] or ''}", flush=True)
+            found = {"provenance": origin, "kills": given.kills, "seconds": round(time.monotonic() - start)}
+            found |= {"complete": not given.only, "rows": rows}
+            results.write_json(given.out, found)
+            results.write_text(given.out.with_suffix(".md"), table(found))
 
-    with tempfile.TemporaryDirectory() as scratch:
-        project = given.folder or Path(scratch) / "project"
-        if not project.is_dir():
-            inject.with_own_cache(tiny.copy(project))
-        for kind, times in (("SIGKILL", given.kills), ("SIGTERM", given.kills // 10), ("SIGINT", given.kills // 10)):
-            if times and re.search(given.only, kind):
-                add(killed(project, signal.Signals[kind], times, draw))
-        wanted = {name: fault for name, fault in inject.FAULTS.items() if re.search(given.only, name)}
-        if wanted:
-            (code, output), (other, more) = make(project), make(project, study="hardware")
-            if code or other:
-                raise SystemExit(f"the study does not run without a fault:\n{(output + more)[-2000:]}")
-        for name, fault in wanted.items():
-            add(survive(project, name, fault))
-        for name, values in hub.rows(project, make, given.only):
-            add(row(f"hub: {name}", **values))
-        if wanted:
-            last, output = make(project)
-            add(row("make run-all after all of it", said=sentence(output), next_exit=last, survived=last == 0))
-        leaks = leaked(project)
-        add(row("a token in the environment all the time", lost=leaks, survived=not leaks))
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2) as cores:
+        lanes = [cores.submit(lane, Path(scratch) / lane.__name__, given, add) for lane in (files, signals_and_hub)]
+        for done in lanes:
+            done.result()
     print(f"{sum(r['survived'] for r in rows)} of {len(rows)} survived; {given.out}")
     sys.exit(not all(row["survived"] for row in rows))
 

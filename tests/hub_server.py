@@ -9,8 +9,8 @@ refused.
         ... HF_ENDPOINT=hub.url ...
 
 `fault` makes a repository misbehave: "stall" (says nothing for a minute), "drip" (a byte now and then), "page" (a
-login page with status 200), "echo" (an error that repeats the token), "flip" (other content than its sha256), "cut" (half of a large
-file, never more)."""
+login page with status 200), "echo" (an error that repeats the token), "flip" (other content than its sha256), "cut"
+(half of a large file, never more)."""
 
 import functools
 import hashlib

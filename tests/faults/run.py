@@ -1,11 +1,12 @@
 """make faults: break a small study on purpose, and see that nothing finished is lost and that the next run completes.
 
-    python -m tests.faults.run [--kills 100] [--only NAME] [--out executed/faults.json]
+    python -m tests.faults.run [--kills 100] [--out executed/faults.json]
+    python -m tests.faults.run --only NAME      # some again, into the table that is there: their rows say the commit
 
 Works in two copies of the project in a temporary folder, at the same time: one for files and programs, one for
 signals and the hub. For every fault: inject it, `make measure` (and `report` where a
 finished file is damaged), compare every finished result byte by byte, undo the fault or apply the remedy that the
-message names, `make check measure report`; at the end one `make run-all`. A row holds
+message names, and make it all again; at the end one `make run-all`. A row holds
 
     fault, repeats; said: the sentence that the user saw; survived: nothing lost, no traceback, the next run complete
 
@@ -14,6 +15,7 @@ Writes JSON and a Markdown table beside it; exits with 1 if a row did not surviv
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import re
@@ -105,7 +107,7 @@ def follow(project: Path, said: str, study: str) -> str:
 def row(fault: str, **values) -> dict:
     """A row of the table with what a fault has not left at its default."""
     empty = {"repeats": 1, "exit": None, "said": "", "remedy_applied": None, "lost": [], "traceback": False}
-    return {"fault": fault} | empty | {"next_exit": None, "survived": False, "seconds": 0.0} | values
+    return {"fault": fault} | empty | {"next_exit": None, "survived": False, "seconds": 0.0, "rerun_at": None} | values
 
 
 def survive(project: Path, fault) -> dict:
@@ -113,10 +115,11 @@ def survive(project: Path, fault) -> dict:
     start, before = time.monotonic(), {study: finished(project, study) for study in ("tiny", "hardware")}
     with contextmanager(fault)(project) as (options, again):
         study = options.get("study", "tiny")
-        code, output = make(project, "-k", "measure", *options.pop("then", ()), **options)
+        then = options.pop("then", ())
+        code, output = make(project, "-k", "measure", *then, **options)
         missing = lost(project, before[study], again, study)
     removed = follow(project, said := sentence(output), study)
-    last, end = make(project, "check", "measure", "report", study=study)
+    last, end = make(project, "check", "measure", *then, study=study)
     missing += lost(project, before[study], f"{again}|{re.escape(removed)}" if removed else again, study)
     missing += incomplete(project, before[study], study)
     broken = "Traceback" in output + end
@@ -218,26 +221,31 @@ def signals_and_hub(project: Path, given, add) -> None:
             add(f"{kind} to make and all that it started", killed(project, signal.Signals[kind], times, draw))
     for name, values in hub.rows(project, make, given.only):
         add(f"hub: {name}", values)
-    add("a token that the hub repeats", {"lost": (leaks := leaked(project)), "survived": not leaks})
+    if (project / "executed").is_dir():
+        add("a token that the hub repeats", {"lost": (leaks := leaked(project)), "survived": not leaks})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs; a tenth as many SIGTERMs and Ctrl-Cs")
-    parser.add_argument("--only", default="", help="faults whose name matches")
+    parser.add_argument("--only", default="", help="faults whose name matches, into the table that is there")
     parser.add_argument("--out", type=Path, default=ROOT / "executed/faults.json")
     given, start = parser.parse_args(), time.monotonic()
-    origin = results.provenance(params.read_study("smollm2-135m"), None)
-    rows, writing = [], threading.Lock()
+    origin, writing = results.provenance(params.read_study("smollm2-135m"), None), threading.Lock()
+    found = {"provenance": origin, "kills": given.kills, "seconds": None, "rows": []}
+    again = bool(given.only) and given.out.is_file()
+    if again:
+        found = json.loads(given.out.read_text())
+    failed = []
 
     def add(name, values):
-        new = row(name, **values)
+        new = row(name, **values, rerun_at=origin["commit"] if again else None)
         word = "survived" if new["survived"] else "LOST    "
         with writing:
-            rows.append(new)
+            failed.extend([] if new["survived"] else [name])
             print(f"{new['seconds']:6.0f} s  {word}  {name}: {new['said']} {new['lost'] or ''}", flush=True)
-            found = {"provenance": origin, "kills": given.kills, "seconds": round(time.monotonic() - start)}
-            found |= {"complete": not given.only, "rows": rows}
+            found["rows"] = list(({r["fault"]: r for r in found["rows"]} | {name: new}).values())
+            found["seconds"] = found["seconds"] if again else round(time.monotonic() - start)
             results.write_json(given.out, found)
             results.write_text(given.out.with_suffix(".md"), table(found))
 
@@ -245,8 +253,8 @@ def main() -> None:
         lanes = [cores.submit(lane, Path(scratch) / lane.__name__, given, add) for lane in (files, signals_and_hub)]
         for done in lanes:
             done.result()
-    print(f"{sum(r['survived'] for r in rows)} of {len(rows)} survived; {given.out}")
-    sys.exit(not all(row["survived"] for row in rows))
+    print(f"{sum(r['survived'] for r in found['rows'])} of {len(found['rows'])} survived; {given.out}")
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

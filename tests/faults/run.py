@@ -35,7 +35,6 @@ from tests.faults import hub, inject, tiny
 from tests.hub_server import GRANTED
 
 TOKEN = "hf_plantedTokenThatNoFileMayHold"
-LONGEST_WAIT = 12  # s before a kill: about as long as a notebook takes
 
 
 def make(project: Path, *arguments: str, study="tiny", limit: str = "", **environment: str) -> tuple[int, str]:
@@ -137,33 +136,45 @@ def survive(project: Path, fault) -> dict:
     }
 
 
-def killed(project: Path, kind: signal.Signals, times: int, draw: random.Random) -> dict:
-    """Signals at random points of `make run-all`, each run going on where the one before was killed; started anew
-    whenever it is complete.
+STEPS = {
+    "00_setup.ipynb": "setup.json",
+    "fp16/02_benchmark.ipynb": "fp16/benchmark.json",
+    "nf4/02_benchmark.ipynb": "nf4/benchmark.json",
+    "04_analysis.ipynb": "report.html",
+    "05_figures.ipynb": None,
+}
+
+
+def killed(project: Path, kind: signal.Signals, times: int, draw: random.Random, whole: Path, longest: float) -> dict:
+    """Signals at random points of any step of `make run-all`: one step is taken out of the state that the signal before
+    left or, half of the time, of the complete copy in `whole`. `longest`: seconds that a step takes.
     """
-    start, completed, missing, spoiled = time.monotonic(), 0, set(), 0
+    start, completed, missing, spoiled, folder = time.monotonic(), 0, set(), 0, project / "executed/hardware"
     for _ in range(times):
-        before = finished(project, "hardware")
+        if draw.random() < 0.5:
+            shutil.rmtree(folder)
+            shutil.copytree(whole, folder)
+        taken = draw.choice(list(STEPS))
+        for name in filter(None, (taken, STEPS[taken])):
+            (folder / name).unlink(missing_ok=True)
+        unfinished = {f"executed/hardware/{STEPS[name]}" for name in STEPS if not (folder / name).exists()}
+        before = {k: v for k, v in finished(project, "hardware").items() if k not in unfinished}
         running = subprocess.Popen(
             [*tiny.command("hardware"), "run-all"], cwd=project, env=tiny.environment(), start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            running.wait(draw.uniform(0.05, LONGEST_WAIT))
-            completed += running.returncode == 0
-            if running.returncode == 0:
-                shutil.rmtree(project / "executed/hardware")
-                continue
+            completed += running.wait(draw.uniform(0.05, longest)) == 0
         except subprocess.TimeoutExpired:
             os.killpg(running.pid, kind)
             running.wait()
         missing |= set(lost(project, before, "^$", "hardware"))
-        spoiled += sum(not _readable(path) for path in (project / "executed/hardware").rglob("[a-z]*.json"))
+        spoiled += sum(not _readable(path) for path in folder.rglob("[a-z]*.json"))
     code, output = make(project, study="hardware")
-    missing |= set(incomplete(project, {}, "hardware"))
+    missing |= set(incomplete(project, {f"executed/hardware/{name}": "" for name in list(STEPS)[:3]}, "hardware"))
     return {
         "repeats": times,
-        "said": f"{completed} runs were complete before the next signal",
+        "said": f"{completed} runs were complete before the signal" + (f"; {spoiled} files spoiled" if spoiled else ""),
         "lost": sorted(missing),
         "traceback": "Traceback" in output,
         "next_exit": code,
@@ -179,15 +190,14 @@ def _readable(path: Path) -> bool:
         return False
 
 
-def leaked(project: Path) -> list[str]:
-    """Files that hold the planted token or the name of this machine."""
+def leaked(project: Path) -> dict:
+    """No file may hold the planted token or the name of this machine."""
     words, found = (TOKEN.encode(), GRANTED.encode(), os.uname().nodename.encode()), []
     for folder in ("executed", "figures", ".cache/jupyter", ".cache/cards"):
         for path in (p for p in (project / folder).rglob("*") if p.is_file()):
-            found += (
-                [str(path.relative_to(project))] if any(w in path.read_bytes() for w in words if len(w) > 5) else []
-            )
-    return found
+            raw = path.read_bytes()
+            found += [str(path.relative_to(project))] if any(w in raw for w in words if len(w) > 5) else []
+    return {"lost": found, "survived": not found}
 
 
 def table(found: dict) -> str:
@@ -199,35 +209,52 @@ def table(found: dict) -> str:
 
 
 def files(project: Path, given, add) -> None:
-    """The faults of `inject`, one after the other in one project."""
-    wanted = {name: fault for name, fault in inject.FAULTS.items() if re.search(given.only, name)}
+    """Faults of files and programs, one after the other in the study `tiny`."""
+    wanted = inject.faults("tiny", given.only)
     if not wanted:
         return
-    inject.with_own_cache(tiny.copy(project))
-    (code, output), (other, more) = make(project), make(project, study="hardware")
-    if code or other:
-        raise SystemExit(f"the study does not run without a fault:\n{(output + more)[-2000:]}")
+    begin(project, "tiny")
     for name, fault in wanted.items():
-        try:
-            add(name, survive(project, fault))
-        except Exception as error:  # of this suite itself: the other rows go on
-            add(name, {"said": f"{type(error).__name__}: {error}"})
-    last, output = make(project)
-    add("make run-all after all of it", {"said": sentence(output), "next_exit": last, "survived": last == 0})
-    add("a token in the environment all the time", {"lost": (leaks := leaked(project)), "survived": not leaks})
+        add(name, lambda fault=fault: survive(project, fault))
+    add("make run-all after all of it", lambda: again(project))
+    add("a token in the environment all the time", lambda: leaked(project))
 
 
 def signals_and_hub(project: Path, given, add) -> None:
-    """Meanwhile, in another project on the second core: signals, then hubs that misbehave."""
+    """Meanwhile, in another project on the second core: signals and damaged weights in the study `hardware`, then hubs
+    that misbehave.
+    """
+    signals = [name for name in ("SIGKILL", "SIGTERM", "SIGINT") if given.kills and re.search(given.only, name)]
+    wanted, hubs = inject.faults("hardware", given.only), hub.wanted(given.only)
+    if not (signals or wanted or hubs):
+        return
+    seconds = begin(project, "hardware")
+    whole, draw = project.with_name("whole"), random.Random(0)
+    shutil.copytree(project / "executed/hardware", whole)
+    for name in signals:
+        times = given.kills if name == "SIGKILL" else given.kills // 10
+        options = signal.Signals[name], times, draw, whole, seconds / len(STEPS)
+        add(f"{name} to make and all that it started", lambda options=options: killed(project, *options))
+    for name, fault in wanted.items():
+        add(name, lambda fault=fault: survive(project, fault))
+    for name, case in hubs.items():
+        add(f"hub: {name}", lambda case=case: hub.survive(project, make, case))
+    add("a token that the hub repeats", lambda: leaked(project))
+
+
+def begin(project: Path, study: str) -> float:
+    """Copy the project and run a study without a fault; returns the seconds that its run took."""
     inject.with_own_cache(tiny.copy(project))
-    draw = random.Random(0)
-    for kind, times in (("SIGKILL", given.kills), ("SIGTERM", given.kills // 10), ("SIGINT", given.kills // 10)):
-        if times and re.search(given.only, kind):
-            add(f"{kind} to make and all that it started", killed(project, signal.Signals[kind], times, draw))
-    for name, values in hub.rows(project, make, given.only):
-        add(f"hub: {name}", values)
-    if (project / "executed").is_dir():
-        add("a token that the hub repeats", {"lost": (leaks := leaked(project)), "survived": not leaks})
+    start = time.monotonic()
+    code, output = make(project, study=study)
+    if code:
+        raise SystemExit(f"the study does not run without a fault:\n{output[-2000:]}")
+    return time.monotonic() - start
+
+
+def again(project: Path) -> dict:
+    last, output = make(project)
+    return {"said": sentence(output), "next_exit": last, "survived": last == 0}
 
 
 def main() -> None:
@@ -238,19 +265,23 @@ def main() -> None:
     given, start = parser.parse_args(), time.monotonic()
     origin, writing = results.provenance(params.read_study("smollm2-135m"), None), threading.Lock()
     found = {"provenance": origin, "kills": given.kills, "seconds": None, "rows": []}
-    again = bool(given.only) and given.out.is_file()
-    if again:
+    more = bool(given.only) and given.out.is_file()
+    if more:
         found = json.loads(given.out.read_text())
     failed = []
 
-    def add(name, values):
-        new = row(name, **values, rerun_at=origin["commit"] if again else None)
+    def add(name, measure):
+        try:
+            values = measure()
+        except Exception as error:  # of this suite itself: the other rows go on
+            values = {"said": f"{type(error).__name__}: {error}"}
+        new = row(name, **values, rerun_at=origin["commit"] if more else None)
         word = "survived" if new["survived"] else "LOST    "
         with writing:
             failed.extend([] if new["survived"] else [name])
             print(f"{new['seconds']:6.0f} s  {word}  {name}: {new['said']} {new['lost'] or ''}", flush=True)
             found["rows"] = list(({r["fault"]: r for r in found["rows"]} | {name: new}).values())
-            found["seconds"] = found["seconds"] if again else round(time.monotonic() - start)
+            found["seconds"] = found["seconds"] if more else round(time.monotonic() - start)
             results.write_json(given.out, found)
             results.write_text(given.out.with_suffix(".md"), table(found))
 

@@ -12,6 +12,7 @@ refused.
 login page with status 200), "echo" (an error that repeats the token), "flip" (other content than its sha256), "cut"
 (half of a large file, never more)."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -185,9 +186,10 @@ class _Handler(BaseHTTPRequestHandler):
                 while block := file.read(2**20):
                     self.wfile.write(block)
         elif fault == "drip":
-            for start in range(0, len(body), 1000):
-                self.wfile.write(body[start : start + 1000])
-                time.sleep(0.2)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who asked had enough of it
+                for start in range(0, len(body), 1000):
+                    self.wfile.write(body[start : start + 1000])
+                    time.sleep(0.2)
         elif fault == "cut":
             self.wfile.write(b"" if self.headers.get("Range") else body[: len(body) // 2])
             self.close_connection = True

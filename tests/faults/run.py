@@ -86,7 +86,12 @@ def incomplete(project: Path, before: dict[str, str], study: str = "tiny") -> li
 
 def sentence(output: str) -> str:
     """What a user reads: the reason of the first failure, else the line that names a file."""
-    for pattern in (r"FAILED: (.+)", r"^(?!make|\[|fatal)(\S+: .+)", r"\*\*\* (.+?)\s+Stop", r"not run: (.+)"):
+    for pattern in (
+        r"FAILED: (.+)",
+        r"^(?!make|\[|fatal)(\S+(?: and \S+)?: .+)",
+        r"\*\*\* (.+?)\s+Stop",
+        r"not run: (.+)",
+    ):
         if said := re.search(pattern, output, re.M):
             return re.sub(r"; see \S+$", "", said[1])[:300]
     return ""
@@ -112,7 +117,9 @@ def row(fault: str, **values) -> dict:
 
 
 def survive(project: Path, fault) -> dict:
-    """One row's values. A fault yields (options of make, pattern of the files that have to be made again)."""
+    """One row's values: what fails has to say why. A fault yields (options of make, pattern of the files that have to
+    be made again).
+    """
     start, before = time.monotonic(), {study: finished(project, study) for study in ("tiny", "hardware")}
     with contextmanager(fault)(project) as (options, again):
         study = options.get("study", "tiny")
@@ -131,7 +138,7 @@ def survive(project: Path, fault) -> dict:
         "lost": sorted(set(missing)),
         "traceback": broken,
         "next_exit": last,
-        "survived": not missing and not broken and last == 0,
+        "survived": not missing and not broken and last == 0 and bool(said or code == 0),
         "seconds": round(time.monotonic() - start, 1),
     }
 

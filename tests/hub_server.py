@@ -9,8 +9,10 @@ refused.
         ... HF_ENDPOINT=hub.url ...
 
 `fault` makes a repository misbehave: "stall" (says nothing for a minute), "drip" (a byte now and then), "page" (a
-login page with status 200), "echo" (an error that repeats the token), "flip" (other content than its sha256)."""
+login page with status 200), "echo" (an error that repeats the token), "flip" (other content than its sha256), "cut"
+(half of a large file, never more)."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -184,8 +186,12 @@ class _Handler(BaseHTTPRequestHandler):
                 while block := file.read(2**20):
                     self.wfile.write(block)
         elif fault == "drip":
-            for start in range(0, len(body), 1000):
-                self.wfile.write(body[start : start + 1000])
-                time.sleep(0.2)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who asked had enough of it
+                for start in range(0, len(body), 1000):
+                    self.wfile.write(body[start : start + 1000])
+                    time.sleep(0.2)
+        elif fault == "cut":
+            self.wfile.write(b"" if self.headers.get("Range") else body[: len(body) // 2])
+            self.close_connection = True
         else:
             self.wfile.write(bytes([body[0] ^ 1]) + body[1:] if fault == "flip" else body)

@@ -33,6 +33,7 @@ def test_a_file_that_is_gone_changed_or_unreadable_is_lost(project):
 
 DAMAGED = "executed/tiny/nf4/benchmark.json: is truncated; delete it, then make run-all makes it again"
 ANSWERS = "x.jsonl: is truncated; delete nf4/benchmark.json, then make run-all answers the questions again"
+BOTH = "params/formats/nf4.yaml and params/tiny/nf4.yaml: 'double_qaunt' is no key"
 OTHER = "no room for the weights"
 
 
@@ -41,6 +42,7 @@ OTHER = "no room for the weights"
     [
         (f"make[1]: x\n[nf4/01] 2 s | FAILED: {OTHER}; see executed/a.failed.ipynb\n", OTHER, ""),
         (f"fatal: no git\n{DAMAGED}\n", DAMAGED, "executed/tiny/nf4/benchmark.json"),
+        (f"{BOTH}\nmake: *** [Makefile:99: check] Error 1\n", BOTH, ""),
         (f"[a] FAILED: {ANSWERS}\n", ANSWERS, "executed/tiny/nf4/benchmark.json"),
     ],
 )

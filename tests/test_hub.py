@@ -127,7 +127,7 @@ def repositories(embedded, tmp_path_factory) -> list[Repository]:
         *(Repository(f"tiny/{fault}", small, fault=fault) for fault in ("stall", "page", "echo")),
         *(
             Repository(f"tiny/{fault}", small | {"model.safetensors": fault.encode() * 40_000}, fault=fault)
-            for fault in ("drip", "flip")
+            for fault in ("drip", "flip", "cut")
         ),
         Repository("tiny/down", small, status=503),
         Repository("tiny/busy", small, status=429),
@@ -154,6 +154,7 @@ SENTENCES = {  # token: [(name, revision, function), reason, words]
         (["tiny/page", None], "network", ["does not answer like a model hub", "login page"]),
         (["tiny/stall", None], "network", ["did not answer in 0.7 s", "try again later"]),
         (["tiny/drip", None, "snapshot"], "network", ["too slow"]),
+        (["tiny/cut", None, "snapshot"], "network", ["too slow"]),  # it is tried again and again
         (["tiny/flip", None, "snapshot"], "damaged", ["model.safetensors of tiny/flip", "another mirror"]),
     ],
     NOT_GRANTED: [
@@ -178,7 +179,7 @@ def test_each_failure_is_one_sentence_without_secrets(server, tmp_path, token):
         assert "\n" not in sentence and not sentence.endswith(".") and told["quiet"]
         assert "secret" not in sentence and (token or "hf_") not in sentence.replace("HF_TOKEN", "")
     fetched = [path for method, path, _ in server.log[before:] if method == "GET" and "/resolve/" in path]
-    assert {path.split("/")[2] for path in fetched} <= {"drip", "flip"}
+    assert {path.split("/")[2] for path in fetched} <= {"drip", "flip", "cut"}
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

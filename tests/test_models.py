@@ -220,7 +220,10 @@ def test_tokenizer_that_is_missing_or_names_no_end(embedded, mine):
     values = {k: v for k, v in values.items() if k not in ("bos_token", "eos_token")}
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
     (folder / "generation_config.json").unlink(missing_ok=True)
-    _refused(mine, "names neither a BOS nor an EOS token")
+    _refused(mine, "names neither a BOS nor an EOS token, .*; add eos_token to its tokenizer_config.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps(values | {"eos_token": "<|im_end|>"}))
+    assert models.load(mine, configuration("none")).tokenizer.eos_token == "<|im_end|>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     assert models.load(mine, configuration("none")).tokenizer.eos_token_id == 2
 
@@ -231,6 +234,8 @@ def test_study_that_asks_for_more_than_the_positions(tiny, study, monkeypatch):
         StudyError, match=r"max_gen_toks: 256 new tokens leave no room .* 256 positions; write at most 128"
     ):
         integrity.check_positions(study, config)
+    shorter = study.model_copy(update={"evaluation": study.evaluation.model_copy(update={"max_gen_toks": 128})})
+    assert integrity.check_positions(shorter, config)
     asked = {"cpu": {"prefill_tokens": [512]}, "cuda": {"contexts": 250}}
     asked = {kind: params.Benchmark(**{kind: values}) for kind, values in asked.items()}
     for kind, said in {"cpu": r"prefill_tokens: 512 .*write at most 256", "cuda": "contexts: 250 .*most 192"}.items():

@@ -24,9 +24,15 @@ def fault(name: str):
     return keep
 
 
+def faults(study: str, only: str) -> dict:
+    """Those of a study whose name matches: damaged weights and setup.json are `hardware`'s, all others `tiny`'s."""
+    found = {name: fault for name, fault in FAULTS.items() if re.search(only, name)}
+    return {n: f for n, f in found.items() if bool(re.search("cached weights|setup.json", n)) == (study == "hardware")}
+
+
 def with_own_cache(project: Path) -> Path:
     """Give the project a cache of its own: it is going to be damaged."""
-    (project / ".cache").unlink()
+    shutil.rmtree(project / ".cache")  # its links, not what they lead to
     (project / ".cache").mkdir()
     return project
 
@@ -154,9 +160,9 @@ def _damage(name: str, change):
         status, whole = path.stat(), path.read_bytes()
         path.write_bytes(change(whole))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        # the analysis has to read it
-        (project / "executed/tiny/04_analysis.ipynb").unlink(missing_ok=True)
-        yield {"then": ["report"]}, NEIGHBOURS[Path(name).name]
+        study = Path(name).parts[1]
+        (project / f"executed/{study}/04_analysis.ipynb").unlink(missing_ok=True)  # the analysis has to read it
+        yield {"then": ["report"], "study": study}, NEIGHBOURS[Path(name).name]
 
     return damaged
 
@@ -168,7 +174,7 @@ NEIGHBOURS = {
     "samples_coqa_turns.jsonl": "nf4/(evaluation|01_evaluate|samples|lm_eval)",
     "benchmark.json": "nf4/(benchmark|02_benchmark)",
     "fidelity.json": "nf4/(fidelity|03_fidelity)",
-    "setup.json": ".",  # what a folder holds may be another model now
+    "setup.json": "setup",
     "04_analysis.ipynb": "04_analysis",
 }
 
@@ -189,7 +195,7 @@ def _of_another(raw: bytes) -> bytes:
 for what, change in (("cut off", _half), ("empty", lambda raw: b""), ("one bit flipped", _flipped)):
     FAULTS[f"evaluation.json: {what}"] = _damage(f"{NF4}/evaluation.json", change)
 FAULTS["benchmark.json: one bit flipped"] = _damage(f"{NF4}/benchmark.json", _flipped)
-FAULTS["setup.json: cut off"] = _damage("executed/tiny/setup.json", _half)
+FAULTS["setup.json: cut off"] = _damage("executed/hardware/setup.json", _half)
 FAULTS["fidelity.json: of another kind"] = _damage(f"{NF4}/fidelity.json", _of_another)
 FAULTS["answers: one bit flipped"] = _damage(f"{NF4}/samples_coqa_turns.jsonl", _flipped)
 FAULTS["an executed notebook: cut off"] = _damage(f"{NF4}/01_evaluate.ipynb", _half)
@@ -218,6 +224,7 @@ def foreign(project):
 def duplicate(project):
     copy = project / "executed/tiny/copy"
     shutil.copytree(project / NF4, copy)
+    (project / "executed/tiny/04_analysis.ipynb").unlink()  # copied dates are old: the analysis has to read it
     yield {"then": ["report"]}, "^$"
     shutil.rmtree(copy)
 
@@ -280,7 +287,11 @@ def twice(project):
 
     again = forget(project, "01_evaluate")
     first = subprocess.Popen(
-        [*tiny.command(), "run-all"], cwd=project, env=tiny.environment(), stdout=subprocess.DEVNULL
+        [*tiny.command(), "run-all"],
+        cwd=project,
+        env=tiny.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     yield {}, again
     first.wait()

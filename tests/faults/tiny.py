@@ -90,9 +90,9 @@ def model(folder: Path) -> Path:
 
 
 def environment(**more: str) -> dict:
-    """This process's environment without what a surrounding make left in it."""
+    """This process's environment without what a surrounding make left in it; two layers need no threads."""
     kept = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "STUDY")}
-    return kept | more
+    return kept | {"OMP_NUM_THREADS": "1"} | more
 
 
 def command(study: str = "tiny") -> list[str]:

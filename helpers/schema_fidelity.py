@@ -34,8 +34,19 @@ class Divergence(Exact):
     intervals: dict[str, Interval] | None = None  # of the mean
 
 
+class Bucket(Exact):
+    """Positions by full precision's largest probability."""
+
+    low: float
+    high: float
+    count: int
+    kl: float | None  # mean, nats
+    agreement: float | None  # share
+
+
 class KL(Divergence):
     by_group: dict[str, Divergence] | None = None  # story, answers
+    by_confidence: list[Bucket] | None = None
 
 
 class Sums(Exact):

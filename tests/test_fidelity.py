@@ -88,6 +88,7 @@ def test_position_metrics_against_scipy():
     np.testing.assert_allclose(found["kl"], rel_entr(np.exp(p), np.exp(q)).sum(1), rtol=1e-10)
     np.testing.assert_allclose(found["nll"], -q[rows, targets], rtol=1e-12)
     np.testing.assert_allclose(found["nll_full"], -p[rows, targets], rtol=1e-12)
+    np.testing.assert_allclose(found["confidence"], np.exp(p).max(1), rtol=1e-12)
     np.testing.assert_array_equal(found["agreement"], p.argmax(1) == q.argmax(1))
 
 
@@ -145,8 +146,8 @@ def test_results_are_what_the_schema_says(compared):
     found = compared["nf4"]
     with pytest.raises(ValidationError, match="surprise"):
         DATA["fidelity"].model_validate(found | {"kl": found["kl"] | {"surprise": 1}}, context="writing")
-    less = {key: value for key, value in found["kl"].items() if key != "by_group"}
-    with pytest.raises(ValidationError, match="by_group"):
+    less = {key: value for key, value in found["kl"].items() if key != "by_confidence"}
+    with pytest.raises(ValidationError, match="by_confidence"):
         DATA["fidelity"].model_validate(found | {"kl": less}, context="writing")
     DATA["fidelity"].model_validate(found | {"kl": less})  # as schema 1 wrote it
 
@@ -169,6 +170,15 @@ def test_sums_by_dialogue_give_the_whole_back(compared):
     story = [d["story"] for d in found["per_dialogue"]]
     ppl = np.exp(sum(s["nll"] for s in story) / sum(s["count"] for s in story))
     assert ppl == pytest.approx(found["perplexity"]["story"]["quantized"])
+
+
+def test_confidence_splits_all_positions(compared):
+    found = compared["nf4"]
+    rows = found["kl"]["by_confidence"]
+    assert [(r["low"], r["high"]) for r in rows] == [(0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1)]
+    assert sum(r["count"] for r in rows) == found["tokens"]
+    assert sum(r["count"] * (r["kl"] or 0) for r in rows) == pytest.approx(found["kl"]["mean"] * found["tokens"])
+    assert rows[-1]["agreement"] > rows[0]["agreement"]
 
 
 def test_questions_join_with_scores(compared, dialogues):
@@ -249,7 +259,8 @@ def made_up(rng, dialogues: int, tokens: int = 80):
         full = rng.exponential(2, tokens)
         nll = full + rng.normal(0.2 + shift, 0.3, tokens)
         kl = rng.gamma(0.5, np.exp(shift), tokens)
-        rows.append({"nll_full": full, "nll": nll, "kl": kl, "agreement": (kl < 0.5).astype(float)})
+        row = {"nll_full": full, "nll": nll, "kl": kl, "agreement": (kl < 0.5).astype(float)}
+        rows.append(row | {"confidence": rng.uniform(0, 1, tokens)})
     ids = torch.zeros(tokens + 1, dtype=torch.long)
     return [texts.Text("set", f"d{i}", ids, turn) for i in range(dialogues)], rows
 

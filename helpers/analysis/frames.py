@@ -33,6 +33,7 @@ tokens          configuration, group (all, story, answers), tokens, ppl_full, pp
                 kl_low, kl_high, kl_median, kl_p99, kl_max, agreement (most likely token equal to full precision's)
 texts           configuration, file (fidelity.text names it), windows, tokens, ppl_full, ppl, ln_ratio, ln_low, ln_high,
                 kl, reason
+confidence      configuration, low, high (full precision's largest probability), tokens, kl, agreement
 floor           kind (batch shape, or weight rounding), detail, kl, kl_median, kl_p99, kl_max, agreement, ln_ratio: full
                 precision vs itself, what no format can be told from
 dialogues       configuration, data_set, dialogue, tokens, nll_full, nll, kl (sums in nats)
@@ -71,7 +72,7 @@ KEYS = ["data_set", "dialogue", "turn"]
 
 
 FIELDS = """study folder full configurations samples scores times sizes largest energy profile agreement tokens texts
-floor dialogues formats layers block_sizes noise hardware runs weights engine"""
+confidence floor dialogues formats layers block_sizes noise hardware runs weights engine"""
 
 
 class Frames(namedtuple("Frames", FIELDS)):
@@ -148,7 +149,7 @@ def load(where: Study | str | Path) -> Frames:
     built = {k: rows[~rows.configuration.isin(unpacked)].reset_index(drop=True) for k, rows in built.items()}
     sizes = tables.sizes(data["benchmark"], checkpoints)  # of what is unpacked only the file is the format's own
     sizes.loc[sizes.index.isin(unpacked), sizes.columns != "checkpoint"] = np.nan
-    parts = {name: getattr(tables, name)(fidelity) for name in ("tokens", "texts", "floor", "dialogues")}
+    parts = {name: getattr(tables, name)(fidelity) for name in ("tokens", "texts", "confidence", "floor", "dialogues")}
     return Frames(
         study=study,
         folder=results.folder(study),

@@ -111,6 +111,16 @@ def texts(fidelity: dict) -> pd.DataFrame:
     return table(rows, f"configuration {columns}")
 
 
+def confidence(fidelity: dict) -> pd.DataFrame:
+    columns = "low high tokens kl agreement"
+    rows = [
+        {"configuration": name} | pick(row, columns, {"tokens": "count"})
+        for name, data in fidelity.items()
+        for row in data["kl"].get("by_confidence") or []
+    ]
+    return table(rows, f"configuration {columns}")
+
+
 def floor(fidelity: dict) -> pd.DataFrame:
     floors = [data["floor"] for data in fidelity.values() if isinstance(data.get("floor"), list)]
     return table([row for rows in floors for row in rows], "kind detail kl kl_median kl_p99 kl_max agreement ln_ratio")

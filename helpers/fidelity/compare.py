@@ -15,6 +15,7 @@ batches of another shape, and with every weight moved by no more than its dtype'
 """
 
 import hashlib
+import itertools
 import time
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from helpers.setup.device import free
 
 GROUPS = ("story", "answers")
 QUANTILES = {"median": 0.5, "p99": 0.99}
+BUCKETS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of full precision's largest probability
 SUMS = ("nll_full", "nll", "kl", "agreement")
 FLOOR_BATCH = 4
 FLOOR_DIALOGUES = {"cpu": 2, "cuda": 100}
@@ -148,7 +150,7 @@ def reference(study: Study, full, texts: list[Text], part: str) -> list[torch.Te
 
 def position_metrics(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
     """From logits (n, vocabulary) and the tokens that follow (n,), per position: kl, nll_full and nll (nats), agreement
-    (0 or 1).
+    (0 or 1), confidence (largest probability in full precision).
     In float64: in float32 a sum over a vocabulary is wrong by 1e-7, which is above the noise floor."""
     parts = []
     for p, q, at in zip(*(x.split(ROWS[full.device.type]) for x in (full, other, targets[:, None])), strict=True):
@@ -160,8 +162,8 @@ def position_metrics(full: torch.Tensor, other: torch.Tensor, targets: torch.Ten
         log_other = (q - other_top).exp_().sum(-1).log() + other_top[:, 0]
         nll_full, nll = log_full - p.gather(-1, at)[:, 0], log_other - q.gather(-1, at)[:, 0]
         kl = (odds.mul_(p.sub_(q)).sum(-1) / size - log_full + log_other).clamp_min_(0)
-        parts.append(torch.stack([kl, nll_full, nll, (best == other_best)[:, 0].double()]).cpu())
-    names = ("kl", "nll_full", "nll", "agreement")
+        parts.append(torch.stack([kl, nll_full, nll, (best == other_best)[:, 0].double(), 1 / size]).cpu())
+    names = ("kl", "nll_full", "nll", "agreement", "confidence")
     return dict(zip(names, torch.cat(parts, dim=1).numpy(), strict=True))
 
 
@@ -225,7 +227,7 @@ def summarize(texts: list[Text], rows: list[dict[str, np.ndarray]], options: dic
         "tokens": int(owner.size),
         "dialogues": len(texts),
         "perplexity": {group: _perplexity(names, found, options) for group, found in sums.items()},
-        "kl": kl | {"by_group": by_group},
+        "kl": kl | {"by_group": by_group, "by_confidence": by_confidence(value)},
         "agreement": float(value["agreement"].mean()),
         "per_dialogue": [
             {"id": text.id, "data_set": text.data_set} | {group: sums[group][i] for group in GROUPS}
@@ -274,6 +276,18 @@ def kl_summary(kl: np.ndarray, owner: np.ndarray, options: dict) -> dict:
     found = {name: float(np.quantile(kl, q, method="inverted_cdf")) for name, q in QUANTILES.items()}
     found |= {"mean": float(kl.mean()), "max": float(kl.max())}
     return found | {"intervals": {"mean": _limits(statistics.interval(kl, owner, **options))}}
+
+
+def by_confidence(value: dict[str, np.ndarray]) -> list[dict]:
+    """Rows of low, high (full precision's largest probability), count, kl (mean, nats), agreement: where full precision
+    is undecided, KL is large whatever the format (ExLlamaV3's qbench splits it so)."""
+    bucket = np.digitize(value["confidence"], BUCKETS[1:-1])
+    rows = []
+    for k, (low, high) in enumerate(itertools.pairwise(BUCKETS)):
+        mine = bucket == k
+        means = {key: float(value[key][mine].mean()) if mine.any() else None for key in ("kl", "agreement")}
+        rows.append({"low": low, "high": high, "count": int(mine.sum())} | means)
+    return rows
 
 
 def _limits(row: dict) -> dict:

@@ -65,7 +65,7 @@ folder = $(wildcard $(patsubst %,helpers/%/*.py,$(1)))
 COMMON := helpers/params.py $(wildcard helpers/schema*.py) helpers/results.py helpers/provenance.py $(call folder,setup)
 EVALUATE := $(COMMON) $(call folder,evaluate) $(wildcard helpers/tasks/*.* helpers/tasks/dialogues/*)
 BENCHMARK := $(COMMON) $(call folder,benchmark)
-FIDELITY := $(COMMON) helpers/statistics.py $(call folder,fidelity) $(wildcard helpers/tasks/dialogues/*)
+FIDELITY := $(COMMON) helpers/statistics.py helpers/ranks.py $(call folder,fidelity) $(wildcard helpers/tasks/dialogues/*)
 ANALYSIS := helpers/params.py $(wildcard helpers/schema*.py) helpers/results.py helpers/provenance.py helpers/statistics.py params/paper.yaml $(call folder,analysis)
 NB = $(PY) -m helpers.notebook
 

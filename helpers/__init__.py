@@ -4,7 +4,7 @@
 |---|---|
 | `params`, `checked_yaml`, `new_study` | the schema of params/, strict reading with messages; a new study |
 | `results`, `provenance`, `schema*` | result files: envelope, origin, atomic writes, every key of every kind |
-| `statistics` | paired, clustered comparisons |
+| `statistics`, `ranks` | paired, clustered comparisons; quantiles and rank correlation |
 | `notebook`, `cards`, `cloud` | papermill, the HTML report, `make status`; a GPU for each running notebook; Modal |
 | `setup/` | 00: models, data, quantization methods; what knows a quantized layer or a device |
 | `evaluate/`, `tasks/` | 01: hf-dialogue, an lm-eval model; lm-eval's tasks, and the dialogues that ship |

@@ -31,7 +31,7 @@ class Divergence(Exact):
     median: float | None
     p99: float | None
     max: float | None
-    intervals: dict[str, Interval] | None = None  # of the mean
+    intervals: dict[str, Interval] | None = None  # of mean, median, p99
 
 
 class Bucket(Exact):

@@ -3,7 +3,7 @@
 Run by `make bench-statistics`, minutes on 2 cores; writes executed/reference/bench_statistics.json and exits with 1 if
 a target is missed. Dialogues of 3 to 25 turns; a turn's score is a step function of a normal latent score, so that it
 is often 0 or 1 and else between them, like F1; a dialogue's turns share an offset, in the score and in the difference
-between configurations. True means are known in closed form.
+between configurations. True means and quantiles are known in closed form.
 
 A row per rule and number n of dialogues (of data sets for the pooled mean, of processes for times): percent (of
 simulated studies) beside nominal. Targets: coverage within 2 points of nominal; a wrong verdict (level) in no more than
@@ -28,7 +28,7 @@ from scipy import stats  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from helpers import statistics  # noqa: E402
+from helpers import ranks, statistics  # noqa: E402
 from helpers.analysis import durations, power, recovery  # noqa: E402
 from helpers.analysis.redraw import redraw  # noqa: E402
 
@@ -44,7 +44,7 @@ MEAN = -0.1  # latent
 MANY = {"shift": -0.2, "flips": 0.6, "offset": 0.15}
 FEW = {"shift": -0.02, "flips": 0.03, "offset": 0.02}
 # redraws are slow: fewer studies
-STUDIES = {"redraw": 300, "pooled": 1_000}
+STUDIES = {"redraw": 300, "pooled": 1_000, "quantile": 1_000}
 
 
 def expected(mean: float, sd: float) -> float:
@@ -262,6 +262,28 @@ def redrawn_any(groups, studies, rng):
     return redrawn(groups, studies, rng, any_turn=True)
 
 
+def quantile(groups, studies, rng, probability=0.5):
+    """Log-normal divergences, 20 to 200 tokens a dialogue, a tenth of the logarithm's variance between dialogues."""
+    truth, found, given = float(np.exp(2 * stats.norm.ppf(probability))), [], []
+    for k in range(studies):
+        if k % 50 == 0:
+            options = {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": seed_of(rng)}
+        index = np.repeat(np.arange(groups), rng.integers(20, 201, groups))
+        values = np.exp(rng.normal(0, np.sqrt(0.4), groups)[index] + rng.normal(0, np.sqrt(3.6), len(index)))
+        (row,) = ranks.quantiles(values, index, [probability], **options)
+        given.append(row["ci_low"] is not None)
+        found.append(given[-1] and row["ci_low"] <= truth <= (np.inf if row["ci_high"] is None else row["ci_high"]))
+    return shares([np.array(found)], [np.array(given)])
+
+
+def quantile_95(groups, studies, rng):
+    return quantile(groups, studies, rng, 0.95)
+
+
+def quantile_99(groups, studies, rng):
+    return quantile(groups, studies, rng, 0.99)
+
+
 def pooled(sets, studies, rng):
     """Data sets of unlike size whose true differences vary with a standard deviation of 3 points around -5."""
     errors, found = np.linspace(0.01, 0.05, sets), []
@@ -288,6 +310,9 @@ RULES = {
     "simultaneous intervals": (simultaneous, COVERAGE),
     "redraw last turns": (redrawn, COVERAGE),
     "redraw any turn": (redrawn_any, COVERAGE),
+    "quantile 0.5": (quantile, COVERAGE),
+    "quantile 0.95": (quantile_95, COVERAGE),
+    "quantile 0.99": (quantile_99, COVERAGE),
     "pooled": (pooled, COVERAGE),
     "slower, same times": (same_times, LEVEL),
 }

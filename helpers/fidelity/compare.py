@@ -26,7 +26,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from helpers import CACHE, StudyError, results, statistics
+from helpers import CACHE, StudyError, ranks, results, statistics
 from helpers.fidelity import formats, perturb
 from helpers.fidelity.texts import (
     WINDOWS,
@@ -270,12 +270,13 @@ def _perplexity(names: list[str], sums: list[dict], options: dict) -> dict:
 
 
 def kl_summary(kl: np.ndarray, owner: np.ndarray, options: dict) -> dict:
-    """schema.Divergence of KL (n,); owner (n,): each one's dialogue."""
+    """schema.Divergence of KL (n,); owner (n,): each one's dialogue. A bootstrap says nothing of the maximum."""
     if not kl.size:
         return dict.fromkeys(("mean", *QUANTILES, "max", "intervals"))
-    found = {name: float(np.quantile(kl, q, method="inverted_cdf")) for name, q in QUANTILES.items()}
-    found |= {"mean": float(kl.mean()), "max": float(kl.max())}
-    return found | {"intervals": {"mean": _limits(statistics.interval(kl, owner, **options))}}
+    rows = dict(zip(QUANTILES, ranks.quantiles(kl, owner, list(QUANTILES.values()), **options), strict=True))
+    found = {"mean": float(kl.mean()), "max": float(kl.max())} | {name: r["quantile"] for name, r in rows.items()}
+    rows["mean"] = statistics.interval(kl, owner, **options)
+    return found | {"intervals": {name: _limits(row) for name, row in rows.items()}}
 
 
 def by_confidence(value: dict[str, np.ndarray]) -> list[dict]:

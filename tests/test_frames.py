@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from helpers import ROOT, StudyError, params, results, schema_fidelity
-from helpers.analysis import beside, contrasts, durations, frames, plots, sentences, style, tables
+from helpers.analysis import contrasts, durations, frames, other_models, plots, sentences, style, tables
 
 REFERENCE = "executed/reference/h200/smollm2-135m"
 HARDWARE = "executed/reference/h200/llama-3.2-1b-random"
@@ -244,19 +244,19 @@ def test_a_gain_of_chance_is_told_with_its_interval(reference, all_turns):
 def test_formats_are_set_beside_another_models(reference, all_turns):
     study = reference.study.model_copy(update={"beside": ["gemma3-270m", "not-there"], "folder": REFERENCE})
     f = reference._replace(study=study)
-    (other,) = beside.load(f)
+    (other,) = other_models.load(f)
     rows = contrasts.table(other)
-    assert other.study.study == "gemma3-270m" and ("nf4", "int4") in beside.separated(rows) - beside.separated(
-        all_turns
-    )
-    said = beside.order(f, all_turns, other, rows)
+    assert other.study.study == "gemma3-270m" and ("nf4", "int4") in other_models.separated(
+        rows
+    ) - other_models.separated(all_turns)
+    said = other_models.order(f, all_turns, other, rows)
     assert "and 0 the other way round" in said and "NF4 above INT4 (rounded)" in said
     turned = all_turns.assign(difference=-all_turns.difference)
-    pairs = len(beside.separated(all_turns))
-    assert f"0 of them come out the same way and {pairs} the other way round (" in beside.order(
+    pairs = len(other_models.separated(all_turns))
+    assert f"0 of them come out the same way and {pairs} the other way round (" in other_models.order(
         f, all_turns, other, turned
     )
-    assert list(beside.recoveries([f, other]).columns)[1:] == [beside.grid(f), beside.grid(other)]
+    assert list(other_models.recoveries([f, other]).columns)[1:] == [other_models.grid(f), other_models.grid(other)]
 
 
 def test_neighbours_in_perplexity_are_separated_only_where_the_pairs_say_so(reference):

@@ -7,7 +7,7 @@ there is typed; everything else in README.md is.
 import json
 
 from helpers import ROOT, StudyError, params, results
-from helpers.analysis import beside, claims, contrasts, evidence, frames, sentences
+from helpers.analysis import claims, contrasts, evidence, frames, other_models, sentences
 from helpers.analysis.style import NONE, number, percent, times
 
 MARKS = ("<!-- found: rendered by make readme from executed/reference -->", "<!-- end of found -->")
@@ -25,7 +25,9 @@ def answer(f: frames.Frames, rows, hardware: frames.Frames, other: frames.Frames
     batches = ratios.batch[(ratios.phase == "decode") & (ratios["mode"] == mode)]
     ends = int(batches.min()), int(batches.max())
     decode = [contrasts.at(ratios, "decode", batch=b, mode=mode).ratio for b in ends]
-    models = " | ".join(f"F1 kept, {study.study.model.name}" for study in (f, other))
+    models = (
+        f"F1 kept, {f.study.model.name}, {f.samples.data_set.nunique()} data sets | F1 kept, {other.study.model.name}"
+    )
     lines = [
         f"| | {models} | memory | decode, batch {ends[0]} | decode, batch {ends[1]} |",
         "|---|---|---|---|---|---|",
@@ -61,7 +63,7 @@ def rendered(text: str) -> str:
     pair = rows[(rows.a == "nf4") & (rows.b == "fp4")]
     found = [sentences.differs(wide, row) for _, row in pair.iterrows()]
     found += sentences.heterogeneity(wide, contrasts.pooled(wide, contrasts.groups(wide, "data_set")))
-    found += [beside.order(own, facts.every, other, others)]
+    found += [other_models.order(own, facts.every, other, others)]
     found += sentences.compiled(hardware, shape.ratios)
     found += sentences.by_chance(own, contrasts.vs_full(own, facts.every), contrasts.vs_full(own, facts.last))
     found += sentences.redraws(own, facts.designs[:1])

@@ -53,7 +53,7 @@ def caveats(f: Frames, paper: dict) -> list[str]:
     if f.study.model.already_quantized:
         said.append(
             f"Its weights are no original but {f.study.model.already_quantized}: full precision means what they hold "
-            "after that."
+            "after that, and formats with a similar grid may be flattered."
         )
     for status, word in (("skipped", "not run"), ("failed", "failed")):
         odd = f.runs[f.runs.status == status].drop_duplicates(["configuration", "reason"])

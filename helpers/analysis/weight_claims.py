@@ -85,7 +85,7 @@ def int8_cannot_run(facts):
         return Verdict(HOLDS, f"it failed here: {failed[0]}")
     done = runs[runs.status == "ok"]
     if done.empty:
-        raise NotMeasured("LLM.int8() was not measured in this study")
+        raise NotMeasured("02, which says on what LLM.int8() ran, was not run in this study")
     if done.gpu.isna().all():
         raise NotMeasured("LLM.int8() ran here on a CPU, without the CUDA kernel that the paper blames")
     rows = facts.f.times

@@ -140,4 +140,4 @@ def read(path: Path) -> dict:
     except RecursionError:
         raise StudyError(f"{path}: nested too deeply") from None
     except ValueError as error:
-        raise StudyError(f"{path}: {error}") from None
+        raise StudyError(f"{path}: {error}".replace("\n", "\\n")) from None  # a key or a tag may hold one

@@ -260,6 +260,14 @@ def test_what_is_meant_is_taken(tmp_path, text, attribute, value):
     assert found == value
 
 
+@pytest.mark.parametrize("text", ['"a\\nb": .nan\n', '"a\\nb":\n', "a: !%0A b\n"])
+def test_a_sentence_stays_on_its_line(tmp_path, text):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(StudyError, match=r"^[^\n]*study\.yaml: line 1: [^\n]*\\n[^\n]*$"):
+        checked_yaml.read(path)
+
+
 def test_yaml_that_is_no_utf8_text_or_no_file(tmp_path):
     (tmp_path / "a.yaml").write_text(BASE, encoding="utf-16")
     (tmp_path / "b.yaml").write_bytes(b"study: \x07\n")

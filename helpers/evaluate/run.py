@@ -109,10 +109,10 @@ def measure_answers(samples: list[dict], tokenizer, limit: int) -> None:
 
 def slim(row: dict) -> dict:
     """A sample without its prompt: lm-eval's `arguments` and `doc.text` both hold it, longer with every turn, and two
-    hashes speak of it. A dialogue's first row keeps `doc.text`, which is the story.
+    hashes speak of it; `target` is `doc.references` again. A dialogue's first row keeps `doc.text`, which is the story.
     """
     doc = {k: v for k, v in row["doc"].items() if k != "text" or row["doc"].get("turn", 1) == 1}
-    left_out = ("arguments", "prompt_hash", "target_hash")
+    left_out = ("arguments", "prompt_hash", "target_hash", "target")
     return {key: value for key, value in row.items() if key not in left_out} | {"doc": doc}
 
 

@@ -11,7 +11,6 @@ import sys
 import nbformat
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from playwright.sync_api import Error, sync_playwright
 
@@ -110,7 +109,11 @@ def test_report_has_no_serious_accessibility_finding(rendered, visit, width, sch
 def test_first_screen_says_whether_to_use_nf4(rendered, visit):
     answer = visit(rendered / "report.html").get_by_text("Should I use NF4?")
     box = answer.bounding_box()
-    assert box["y"] + box["height"] < 800 and "It keeps" in answer.inner_text() and "file size" in answer.inner_text()
+    assert (
+        box["y"] + box["height"] < 800
+        and "It keeps" in answer.inner_text()
+        and "of FP16's memory" in answer.inner_text()
+    )
 
 
 def test_flips_and_scores_lead_to_their_answers(rendered, visit):
@@ -345,7 +348,7 @@ def test_results_without_texts_say_so(answers, tmp_path, visit):
 # ---- 06_explore ----
 
 
-def test_explore_opens_at_once_without_torch_and_its_widgets_work():
+def test_explore_opens_at_once_without_torch_and_its_widgets_work(tmp_path):
     book = nbformat.read(ROOT / "notebooks/06_explore.ipynb", 4)
     asked = "import sys, time; assert 'torch' not in sys.modules; print(time.process_time())"
     calls = "scores(['nf4'], (1, 3), 'domain', 'kl'); difference('fp16', 'nf4', True, 'em'); lost('fp16', 'nf4', 5); "
@@ -353,7 +356,20 @@ def test_explore_opens_at_once_without_torch_and_its_widgets_work():
     first = next(i for i, cell in enumerate(book.cells) if "frames.load" in cell.source)
     book.cells.insert(first + 1, new_code_cell(asked))
     book.cells.append(new_code_cell(calls))
-    NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    nbformat.write(book, tmp_path / "explore.ipynb")
+    # In a process of its own: the browser's event loop runs in this one, beside which a kernel's message can be lost.
+    command = [
+        sys.executable,
+        "-m",
+        "nbconvert",
+        "--execute",
+        "--to",
+        "notebook",
+        "--inplace",
+        tmp_path / "explore.ipynb",
+    ]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    book = nbformat.read(tmp_path / "explore.ipynb", 4)
     assert float(book.cells[first + 1].outputs[0].text) < 5  # seconds of this process, whatever else the machine does
     shown = "".join(o.get("text", "") + str(o.get("data", {}).get("text/plain", "")) for o in book.cells[-1].outputs)
     assert "dialogues, p" in shown and "NF4" in shown

@@ -33,11 +33,12 @@ SMALL = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": b"0" *
 
 @pytest.mark.parametrize("study", SHIPPED)
 def test_shipped_study(study):
-    """Valid; full precision first and the three bitsandbytes configurations there; whatever comes from the hub pinned
-    to a commit."""
+    """Valid; full precision first and what is compared there (bitsandbytes' three, or the seeds of a method); whatever
+    comes from the hub pinned to a commit."""
     read = params.read_study(study)
     names = params.configurations(study)
-    assert names[0] == "fp16" and {"nf4", "fp4", "int8"} <= set(names)
+    compared = {"gptq-seed0", "gptq-seed1", "gptq-seed2"} if "calibration" in study else {"nf4", "fp4", "int8"}
+    assert names[0] == "fp16" and compared <= set(names)
     found = [params.read_configuration(study, name) for name in names]
     assert len({c.label for c in found}) == len(found)
     if read.model.source == "hub":

@@ -78,6 +78,13 @@ def _parameters(files: list[str], overrides: list[list[str]]) -> dict:
     return merged | {key: yaml.safe_load(value) for key, value in overrides}
 
 
+# What to do about an error of CUDA's, by words of it.
+ADVICE = {
+    "out of memory": "free the GPU of other programs, or lower the sizes in study.yaml",
+    "no kernel image": "install a PyTorch that was built for this card (make setup TORCH_INDEX=...)",
+}
+
+
 def _reason(error: Exception) -> str:
     """The sentence a reader needs: a StudyError's own text, else the type and text of what was raised."""
     name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error))
@@ -87,7 +94,9 @@ def _reason(error: Exception) -> str:
             "free some, or lower the sizes in study.yaml"
         )
     text = re.sub(r"\x1b\[[0-9;]*m", "", text).strip()
-    return results.clean(text if name in OURS else f"{name}: {text}")
+    said = text if name in OURS else f"{name}: {text}"
+    advice = next((f"; {advice}" for sign, advice in ADVICE.items() if sign in said and name not in OURS), "")
+    return results.clean(said.rstrip(".") + advice if advice else said)
 
 
 def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]) -> None:

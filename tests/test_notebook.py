@@ -8,8 +8,9 @@ import time
 
 import nbformat
 import pytest
+import torch
 
-from helpers import ROOT, notebook, results
+from helpers import ROOT, StudyError, notebook, results
 
 FILES = ["params/smollm2-135m/study.yaml"]
 TOKEN = "hf_plantedTokenThatNoFileMayHold"
@@ -98,3 +99,21 @@ def test_a_render_that_fails_says_so_and_keeps_the_older_report(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and report.read_text() == "older"
     assert "04_analysis.ipynb: not a whole notebook; delete it and run make report again" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            "GiB; free the GPU of other programs",
+        ),
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution"),
+            "; install a PyTorch that was built for",
+        ),
+        (StudyError("notes.txt is out of memory of what it was."), "of what it was."),
+    ],
+)
+def test_an_error_of_cudas_says_what_to_do(error, advice):
+    assert advice in notebook._reason(error) and notebook._reason(error).count(";") == advice.count(";")

@@ -109,8 +109,7 @@ def write_text(target: Path, text: str) -> None:
 def write_json(target: Path, value, paths: bool = True) -> None:
     """Any JSON; what has no JSON form (functions in lm-eval's task configurations) becomes text without local paths.
     paths=False: `clean` goes over its strings as well."""
-    options = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}  # committed by the megabyte
-    plain = json.dumps(value, **options, default=lambda v: clean(str(v)))
+    plain = json.dumps(value, ensure_ascii=False, allow_nan=False, default=lambda v: clean(str(v)))
     write_text(target, (plain if paths else clean(plain)) + "\n")
 
 

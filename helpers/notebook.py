@@ -94,9 +94,11 @@ def _reason(error: Exception) -> str:
             "free some, or lower the sizes in study.yaml"
         )
     text = re.sub(r"\x1b\[[0-9;]*m", "", text).strip()
-    said = text if name in OURS else f"{name}: {text}"
-    advice = next((f"; {advice}" for sign, advice in ADVICE.items() if sign in said and name not in OURS), "")
-    return results.clean(said.rstrip(".") + advice if advice else said)
+    if name in OURS:
+        return results.clean(text)
+    said = f"{name}: {text}"
+    advice = next((advice for sign, advice in ADVICE.items() if sign in said), None)
+    return results.clean(f"{said.rstrip('.')}; {advice}" if advice else said)
 
 
 def run(source: Path, target: Path, files: list[str], overrides: list[list[str]]) -> None:

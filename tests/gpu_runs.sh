@@ -15,22 +15,22 @@ run() { # name of the log, cards, then a command; until the time is over
   echo "$(date +%T) end $? $*" >> "$log"
 }
 study() { run "$1-$3" "$2" make -k PYTHON="$python" "${@:4}" "$3" STUDY="$1"; }
-model() { until [ -e ".cache/$1" ] || [ "$(date +%s)" -gt "$end" ]; do sleep 1; done; }
+await() { until [ -e "$1" ] || [ "$(date +%s)" -gt "$end" ]; do sleep 1; done; } # a file that another makes
 
 timed="fp16 nf4 fp4 gptq fp8 int8"
-smollm2=SmolLM2-135M-Instruct.Q4_1.gguf
-gemma=gemma-3-270m-q4_k_m.gguf
+smollm2=.cache/SmolLM2-135M-Instruct.Q4_1.gguf
+gemma=.cache/gemma-3-270m-q4_k_m.gguf
 
 hardware() {
-  model $smollm2
+  await $smollm2
   for part in "fp16 nf4 fp4" "gptq fp8 int8"; do study smollm2-135m "$others" hardware -j$last CONFIGS="$part" PROCESSES=3; done
 }
 
 shared() { # all that may share a card, at once: the locks of helpers/cards.py keep their number down
-  until [ -e executed/smollm2-135m/setup.json ]; do sleep 1; done # that two start one notebook is refused
+  await executed/smollm2-135m/setup.json # that two start one notebook is refused
   run gpu_tests "$last" "$python" -m pytest -q -p no:cacheprovider tests/test_architectures.py tests/test_dialogue.py -k "gpu or captured" &
   study smollm2-135m "$last" accuracy -j3 &
-  { model $gemma; study gemma3-270m "$last" accuracy -j4; } &
+  { await $gemma; study gemma3-270m "$last" accuracy -j4; } &
   { [ -e .cache/data ] && study smollm2-135m-public "$last" accuracy -j2; } &
   study smollm2-135m-calibration "$last" accuracy -j2 &
   run recipe "$last" "$python" tests/bench_recipe.py --seeds 0 1 2 --out executed/recipe.json &

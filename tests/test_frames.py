@@ -256,7 +256,10 @@ def test_formats_are_set_beside_another_models(reference, all_turns):
     assert f"0 of them come out the same way and {pairs} the other way round (" in other_models.order(
         f, all_turns, other, turned
     )
-    assert list(other_models.recoveries([f, other]).columns)[1:] == [other_models.grid(f), other_models.grid(other)]
+    assert list(other_models.recoveries([(f, all_turns), (other, rows)]).columns)[1:] == [
+        other_models.grid(f),
+        other_models.grid(other),
+    ]
 
 
 def test_neighbours_in_perplexity_are_separated_only_where_the_pairs_say_so(reference):

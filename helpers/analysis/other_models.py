@@ -17,14 +17,14 @@ def grid(f: Frames) -> str:
     return f"{f.study.model.name}, from {(f.study.model.already_quantized or 'original weights').split(',')[0]}"
 
 
-def recoveries(studies: list[Frames]) -> pd.DataFrame:
-    """A row per format and a column per study: the share of full precision's F1 kept, with its interval, as text."""
+def recoveries(studies: list[tuple[Frames, pd.DataFrame]]) -> pd.DataFrame:
+    """A row per format and a column per study, each given with its `contrasts.table`: the share of full precision's F1
+    kept, with its interval, as text."""
     columns = {}
-    for f in studies:
-        rows = contrasts.vs_full(f, contrasts.table(f))
-        columns[grid(f)] = style.with_interval(
-            rows, "recovery", "recovery_low", "recovery_high", lambda value: style.number(value, 0)
-        ).rename(index=f.label)
+    for f, table in studies:
+        rows = contrasts.vs_full(f, table)
+        kept = style.with_interval(rows, "recovery", "recovery_low", "recovery_high", lambda v: style.number(v, 0))
+        columns[grid(f)] = kept.rename(index=f.label)
     return pd.DataFrame(columns).rename_axis("F1 kept (%)").reset_index()
 
 
@@ -39,10 +39,9 @@ def order(f: Frames, rows: pd.DataFrame, other: Frames, others: pd.DataFrame) ->
     here, there = separated(rows), separated(others)
     turned = sorted(f"{f.label(a)} and {f.label(b)}" for a, b in here if (b, a) in there)
     only = sorted(f"{f.label(a)} above {f.label(b)}" for a, b in there - here if {a, b} <= set(f.configurations.index))
-    said = (
+    reversed_pairs = f" ({sentences.listed(turned)})" if turned else ""
+    further = f"; it also puts {sentences.listed(only)}" if only else ""
+    return (
         f"F1 separates {len(here)} pairs of formats on {grid(f)}. On {grid(other)}, {len(here & there)} of them come "
+        f"out the same way and {len(turned)} the other way round{reversed_pairs}{further}."
     )
-    said += f"out the same way and {len(turned)} the other way round" + (
-        f" ({sentences.listed(turned)})" if turned else ""
-    )
-    return said + (f"; it also puts {sentences.listed(only)}." if only else ".")

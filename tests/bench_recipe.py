@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,10 +40,26 @@ def perplexity(model, texts: list[list[int]]) -> float:
     return math.exp(loss / tokens)
 
 
+def row(source: str, seed: int, ids: list, texts: list, base: float, options, device, dtype) -> dict:
+    """One recipe with one seed's calibration: quantized, and scored on the texts that the seed left."""
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "model"
+        seconds = calibrated._quantize(source, target, options, ids, dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            target, dtype=dtype, use_safetensors=True, quantization_config=CompressedTensorsConfig(dequantize=True)
+        )
+        ratio = perplexity(model.to(device).eval(), texts) / base
+    recipe = {name: getattr(options, name) for name in GRID}
+    found = {"seed": seed, **recipe, "perplexity_ratio": ratio, "quantize_seconds": round(seconds, 1)}
+    print(found, flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", default="smollm2-135m")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="recipes at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "executed/reference/recipe.json")
     options = parser.parse_args()
     study = params.read_study(options.study)
@@ -51,26 +68,19 @@ def main() -> None:
     device, dtype, _ = device_and_dtype()
     tokenizer = AutoTokenizer.from_pretrained(source)
     full = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True).to(device).eval()
-    rows = []
-    for seed in options.seeds:
-        calibration = params.Calibration(source="embedded-held-out", samples=SAMPLES, seed=seed)
-        drawn = {d["id"] for d in calibrated._dialogues(study, calibration)}
-        ids, _ = calibrated.samples(study, calibration, tokenizer, 0)
-        others = [d for d in coqa.read(calibration.source) if d["id"] not in drawn]
-        texts = [tokenizer(calibrated.text(d))["input_ids"] for d in others]
-        base = perplexity(full, texts)
-        for values in itertools.product(*GRID.values()):
-            recipe = dict(zip(GRID, values, strict=True))
-            with tempfile.TemporaryDirectory() as scratch:
-                target = Path(scratch) / "model"
-                seconds = calibrated._quantize(source, target, shipped.model_copy(update=recipe), ids, dtype)
-                quantization = CompressedTensorsConfig(dequantize=True)
-                model = AutoModelForCausalLM.from_pretrained(
-                    target, dtype=dtype, use_safetensors=True, quantization_config=quantization
-                )
-                ratio = perplexity(model.to(device).eval(), texts) / base
-            rows.append({"seed": seed, **recipe, "perplexity_ratio": ratio, "quantize_seconds": round(seconds, 1)})
-            print(rows[-1], flush=True)
+    waiting = []
+    with ThreadPoolExecutor(options.jobs) as pool:  # quantizing is a process of its own
+        for seed in options.seeds:
+            calibration = params.Calibration(source="embedded-held-out", samples=SAMPLES, seed=seed)
+            drawn = {d["id"] for d in calibrated._dialogues(study, calibration)}
+            ids, _ = calibrated.samples(study, calibration, tokenizer, 0)
+            others = [d for d in coqa.read(calibration.source) if d["id"] not in drawn]
+            texts = [tokenizer(calibrated.text(d))["input_ids"] for d in others]
+            base = perplexity(full, texts)
+            for values in itertools.product(*GRID.values()):
+                recipe = shipped.model_copy(update=dict(zip(GRID, values, strict=True)))
+                waiting.append(pool.submit(row, source, seed, ids, texts, base, recipe, device, dtype))
+        rows = [future.result() for future in waiting]
     means = {}
     for values in itertools.product(*GRID.values()):
         recipe = dict(zip(GRID, values, strict=True))

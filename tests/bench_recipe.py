@@ -14,6 +14,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,6 +27,7 @@ from helpers.setup import calibrated, coqa, models  # noqa: E402
 from helpers.setup.device import device_and_dtype  # noqa: E402
 
 SAMPLES = 12
+LOADING = Lock()  # transformers makes empty models on a device that all threads then have
 GRID = {"scales": ("mse", "minmax"), "dampening": (0.01, 0.1)}
 
 
@@ -45,10 +47,11 @@ def row(source: str, seed: int, ids: list, texts: list, base: float, options, de
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "model"
         seconds = calibrated._quantize(source, target, options, ids, dtype)
-        model = AutoModelForCausalLM.from_pretrained(
-            target, dtype=dtype, use_safetensors=True, quantization_config=CompressedTensorsConfig(dequantize=True)
-        )
-        ratio = perplexity(model.to(device).eval(), texts) / base
+        with LOADING:
+            model = AutoModelForCausalLM.from_pretrained(
+                target, dtype=dtype, use_safetensors=True, quantization_config=CompressedTensorsConfig(dequantize=True)
+            )
+            ratio = perplexity(model.to(device).eval(), texts) / base
     recipe = {name: getattr(options, name) for name in GRID}
     found = {"seed": seed, **recipe, "perplexity_ratio": ratio, "quantize_seconds": round(seconds, 1)}
     print(found, flush=True)

@@ -181,7 +181,9 @@ def run(where: Path, *arguments: str, url: str, token: str | None) -> tuple[int,
     return process.returncode, "\n".join(lines)
 
 
-def rehearse(scratch: Path, tiny: bool, counts: dict[str, int], configs: list[str]) -> dict:
+def rehearse(
+    scratch: Path, tiny: bool, counts: dict[str, int], configs: list[str], targets: list[str], jobs: int
+) -> dict:
     """Seconds per notebook, memory, and what a user without access reads first."""
     study = params.read_study(STUDY)
     data = study.sources[0]
@@ -210,13 +212,15 @@ def rehearse(scratch: Path, tiny: bool, counts: dict[str, int], configs: list[st
         watch = Watch()
         watch.start()
         start = time.perf_counter()
-        code, output = run(where, "run-all", *chosen, url=hub.url, token=GRANTED)
+        code, output = run(where, "-k", f"-j{jobs}", *targets, *chosen, url=hub.url, token=GRANTED)
         seconds = time.perf_counter() - start
         watch.done.set()
     machine = json.loads((where / "executed" / STUDY / "setup.json").read_text())["provenance"]
     return {
         "study": STUDY,
         "tiny": tiny,
+        "targets": targets,
+        "jobs": jobs,
         "dialogues": counts,
         "weights_gb": round(sum(p.stat().st_size for n, p in files.items() if n.endswith(".safetensors")) / 1e9, 2),
         "gpu": machine.get("gpu"),
@@ -236,6 +240,8 @@ if __name__ == "__main__":
     parser.add_argument("--dialogues", type=int, help="to evaluate (500; tiny: 4)")
     parser.add_argument("--train", type=int, help="to calibrate on (200; tiny: 130)")
     parser.add_argument("--configs", nargs="*", default=[], help="only these (the study's)")
+    parser.add_argument("--targets", nargs="+", default=["run-all"], help="of make, such as: accuracy report")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "executed/reference/rehearsal.json")
     options = parser.parse_args()
     wanted = {
@@ -243,7 +249,7 @@ if __name__ == "__main__":
         "train": options.train or (130 if options.tiny else DIALOGUES["train"]),
     }
     with tempfile.TemporaryDirectory() as folder:
-        measured = rehearse(Path(folder), options.tiny, wanted, options.configs)
+        measured = rehearse(Path(folder), options.tiny, wanted, options.configs, options.targets, options.jobs)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(measured, indent=2) + "\n")
     print(json.dumps(measured, indent=2))

@@ -17,31 +17,35 @@ run() { # name of the log, cards, then a command; until the time is over
 study() { run "$1-$3" "$2" make -k PYTHON="$python" "${@:4}" "$3" STUDY="$1"; }
 await() { until [ -e "$1" ] || [ "$(date +%s)" -gt "$end" ]; do sleep 1; done; } # a file that another makes
 
-timed="fp16 nf4 fp4 gptq fp8 int8"
+timed="fp16 nf4 fp4 gptq fp8 int8" later="gptq fp8 int8"
 smollm2=.cache/SmolLM2-135M-Instruct.Q4_1.gguf
 gemma=.cache/gemma-3-270m-q4_k_m.gguf
 
-hardware() {
+hardware() { # the 1B shape needs no model file
+  study llama-3.2-1b-random "$others" hardware -j$last CONFIGS="$timed" PROCESSES=3
   await $smollm2
-  for part in "fp16 nf4 fp4" "gptq fp8 int8"; do study smollm2-135m "$others" hardware -j$last CONFIGS="$part" PROCESSES=3; done
+  for part in "fp16 nf4 fp4" "$later"; do study smollm2-135m "$others" hardware -j$last CONFIGS="$part" PROCESSES=3; done
 }
 
 shared() { # all that may share a card, at once: the locks of helpers/cards.py keep their number down
-  await executed/smollm2-135m/setup.json # that two start one notebook is refused
-  run gpu_tests "$last" "$python" -m pytest -q -p no:cacheprovider tests/test_architectures.py tests/test_dialogue.py -k "gpu or captured" &
+  await $smollm2
+  run setup "$last" make PYTHON="$python" executed/smollm2-135m/setup.json STUDY=smollm2-135m
   study smollm2-135m "$last" accuracy -j3 &
-  { await $gemma; study gemma3-270m "$last" accuracy -j4; } &
-  { [ -e .cache/data ] && study smollm2-135m-public "$last" accuracy -j2; } &
-  study smollm2-135m-calibration "$last" accuracy -j2 &
-  run recipe "$last" "$python" tests/bench_recipe.py --seeds 0 1 2 --out executed/recipe.json &
+  { await $gemma; study gemma3-270m "$last" accuracy -j3; } &
+  { await .cache/data; study smollm2-135m-public "$last" accuracy -j3; } &
+  run recipe "$last" "$python" tests/bench_recipe.py --seeds 0 1 2 --jobs 2 --out executed/recipe.json &
   wait
-  run bench_eval "$last" "$python" tests/bench_eval.py --limit 20 --configurations fp16 --stock-batch-sizes 64 256
+  run bench_eval "$last" "$python" tests/bench_eval.py --limit 50 --configurations fp16 --stock-batch-sizes 256 512
+  run rehearsal "$last" "$python" tests/bench_rehearsal.py --targets accuracy --jobs 3 --configs fp16 nf4 \
+    --out executed/rehearsal.json
   run bench_peer "$last" make PYTHON="$python" bench-peer
-  run check_gpu "$last" "$python" tests/check_gpu.py --json executed/check_gpu.json
+  run gpu_tests "$last" "$python" -m pytest -q -p no:cacheprovider tests/test_architectures.py tests/test_dialogue.py -k "gpu or captured"
+  study smollm2-135m "$last" hardware CONFIGS="$later" PROCESSES=3 # what the other cards have begun is refused here
+  study gemma3-270m "$last" hardware CONFIGS="fp16 nf4 fp4 gptq" PROCESSES=3
 }
 
 hardware & shared
-study gemma3-270m "$last" hardware CONFIGS="fp16 nf4 fp4 gptq" PROCESSES=1
 wait
 study gemma3-270m "0,$others,$last" hardware -j8 CONFIGS="$timed" PROCESSES=3
-study llama-3.2-1b-random "0,$others,$last" hardware -j8 CONFIGS="$timed" PROCESSES=3
+study smollm2-135m-calibration "0,$others,$last" accuracy -j8
+run check_gpu "$last" "$python" tests/check_gpu.py --json executed/check_gpu.json

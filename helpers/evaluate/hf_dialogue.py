@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 from lm_eval.api.registry import register_model
@@ -100,6 +101,7 @@ class HFDialogue(HFLM):
         self.wanted = {"slots": max_slots, "rows": max_rows, "prefill_tokens": prefill_tokens}
         self.endings = Endings(self.tokenizer, self.think_end_token)
         self.encoded: dict[str, list[int]] = {}
+        self._last_settings: tuple[dict, dict] | None = None
         self.given_batch = self.batch_size
         self.reset_report()
 
@@ -300,7 +302,7 @@ class HFDialogue(HFLM):
         limit = longest(self.model) if reason is None else None
 
         def why(request: Request) -> str | None:
-            kwargs = normalize_gen_kwargs(request.kwargs, self.max_gen_toks)
+            kwargs = self._settings(request.kwargs)
             odd = sorted(key for key in set(kwargs) - GREEDY if (key, kwargs[key]) != ("num_beams", 1))
             if kwargs["do_sample"] or kwargs.get("temperature", 0.0):
                 return "sampling"
@@ -315,6 +317,12 @@ class HFDialogue(HFLM):
         return [reason or why(request) for request in requests]
 
     # ---- requests
+
+    def _settings(self, gen_kwargs: dict) -> dict:
+        """As lm-eval reads them; a task's requests have equal ones, and reading takes longer than comparing."""
+        if self._last_settings is None or self._last_settings[0] != gen_kwargs:
+            self._last_settings = deepcopy(gen_kwargs), normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
+        return self._last_settings[1]
 
     def _tokens(self, texts: list[str], bos: str | None, truncation: bool = False) -> list[list[int]]:
         """As HFLM tokenizes: a text that begins with `bos` gets no further special tokens."""
@@ -357,7 +365,7 @@ class HFDialogue(HFLM):
             texts = [request.args[0] for request in requests]
             for n, tokens in enumerate(self._tokens(texts, bos, truncation=bool(self.truncation))):
                 context, gen_kwargs = requests[n].args
-                kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
+                kwargs = self._settings(gen_kwargs)
                 until = handle_stop_sequences(kwargs["until"], eos=eos)
                 room = self.max_length - kwargs["max_gen_toks"]
                 if room <= 0 and self.backend == "causal":

@@ -4,6 +4,7 @@ graph can hold."""
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from helpers.evaluate.attention import dot_product
 from helpers.evaluate.prefixes import Group
@@ -13,6 +14,8 @@ from helpers.setup.device import capture_stream
 COLUMN_BUCKET = 512
 LANES = 16  # of a slot at least: what its rows leave free is for their guesses
 ROW_BUCKETS = (128, 1024)  # few, because capturing one costs as much as dozens of its steps
+# Without cuDNN's: it builds a plan for each new shape, which takes as long as all steps of fifty dialogues.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # By model, the row buckets of which a step has run: the first one in a process loads kernels, which a capture may not.
 WARM: WeakKeyDictionary = WeakKeyDictionary()
 
@@ -209,7 +212,8 @@ class StaticSlots(Slots):
             mixed = mixed.view(self.count, self.kv_heads, self.group, self.lanes, self.head_dim).permute(0, 3, 1, 2, 4)
             return mixed.reshape(self.count * self.lanes, self.heads, self.head_dim).index_select(0, place)[None]
 
-        output.copy_(self._likeliest(self._forward(ids, positions, attend)))
+        with sdpa_kernel(KERNELS):
+            output.copy_(self._likeliest(self._forward(ids, positions, attend)))
 
     def _capture_if_warm(self, key) -> None:
         if self.captured and key[0] in self.warm and key not in self.graphs:

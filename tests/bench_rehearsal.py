@@ -101,13 +101,15 @@ def dialogues(folder: Path, counts: dict[str, int]) -> dict[str, Path]:
 
 
 def _numbered(dialogue: dict, number: int) -> dict:
-    """The dialogue with an id and a first sentence of its own, and its spans moved accordingly."""
-    first = f"This is story {number}. "
-    changed = json.loads(json.dumps(dialogue)) | {"id": f"made-up-{number}", "story": first + dialogue["story"]}
-    for answers in (changed["answers"], *changed["additional_answers"].values()):
-        for key in ("span_start", "span_end"):
-            answers[key] = [value if value == -1 else value + len(first) for value in answers[key]]
-    return changed
+    """The dialogue with an id and a first sentence of its own, and spans as CoQA has them (of none)."""
+
+    def spans(answers: dict) -> dict:
+        nowhere, count = [-1], len(answers["input_text"])
+        return answers | {"span_start": nowhere * count, "span_end": nowhere * count, "span_text": [""] * count}
+
+    changed = {"id": f"made-up-{number}", "story": f"This is story {number}. {dialogue['story']}"}
+    more = {key: spans(answers) for key, answers in dialogue["additional_answers"].items()}
+    return dialogue | changed | {"answers": spans(dialogue["answers"]), "additional_answers": more}
 
 
 def project(folder: Path, tiny: bool) -> Path:

@@ -6,8 +6,8 @@ import re
 import nbformat
 import pytest
 
-from helpers import ROOT, StudyError
-from helpers.analysis import readme
+from helpers import ROOT, StudyError, params
+from helpers.analysis import contrasts, frames, readme, sentences
 
 TYPED = re.compile(r"(?<!\w)\d[\d.,]*(?:x\b|%| (?:points?|MB|MiB|ms|dialogues|questions|tokens/s|GB/s)\b)")
 
@@ -22,6 +22,17 @@ def test_no_result_is_typed_outside_the_rendered_part():
     before, rest = text.split(readme.MARKS[0])
     typed = before + rest.split(readme.MARKS[1])[1]
     assert not re.findall(r"\d+\.\d+x|[−-]\d+\.\d+ F1|\d+% \[", typed)
+
+
+def test_a_dash_for_decode_has_its_reason():
+    assert readme.reasons("int8", "cuda_graph")[0].startswith("LLM.int8() cannot be graph-captured")
+    assert readme.reasons("int8", "eager") == []
+
+
+def test_seeds_of_one_format_are_not_counted_as_formats():
+    f = frames.load("executed/reference/h200/smollm2-135m-calibration")
+    rows = contrasts.table(f)
+    assert "Safest of 2 formats" in " ".join(sentences.abstract(f, rows, rows, f.ratios(), params.read_paper()))
 
 
 def test_marks_that_are_gone_are_named():

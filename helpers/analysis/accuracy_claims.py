@@ -79,7 +79,7 @@ def _accuracy(facts: Facts, a: str, b: str, rule, sized: bool = False, part: str
             beside.append(OPEN)
             texts.append(f"{what}: {missing}")
     if beside[0] != main:
-        texts.append("all turns decide what last turns leave open" if main == OPEN else "last and all turns disagree")
+        texts.append(f"all turns alone: {beside[0]}" if main == OPEN else f"last turns: {main}, all turns: {beside[0]}")
     verdict = all_of([main, size] if sized else [main])
     return Verdict(verdict, "; ".join(texts), size=size, all_turns=beside[0], em=beside[1], **{part: main})
 

@@ -95,8 +95,9 @@ def abstract(f: Frames, all_turns, last_turns, ratios, paper: dict) -> list[str]
     if len(bounds):
         best = bounds.idxmax()
         loss = points(max(0.0, -bounds[best]), False)
+        formats = f.configurations.label[bounds.index].str.split(", seed ").str[0].nunique()
         said.append(
-            f"Safest of {len(bounds)} formats: {f.label(best)}, at most {loss} F1 points lost (simultaneous "
+            f"Safest of {formats} formats: {f.label(best)}, at most {loss} F1 points lost (simultaneous "
             f"{f.study.statistics.confidence:.0%} bound){smaller(f, best)}."
         )
     pair = all_turns[(all_turns.a == "nf4") & (all_turns.b == "fp4")]
@@ -131,8 +132,8 @@ def by_chance(f: Frames, mine: pd.DataFrame, last: pd.DataFrame) -> list[str]:
     row, label, full = last.loc[name], f.label(name), f.label(f.full)
     return [
         f"Last turns without an interval, the paper's design, would have put {label} {points(row.difference, False)} "
-        f"points above {full} (n = {row.n_questions}). The interval is {interval(row.low, row.high)}; over all turns "
-        f"{label} loses {points(-mine.difference[name], False)} points."
+        f"points above {full} (n = {row.n_questions}), the largest such gain of {len(last)} formats. The interval is "
+        f"{interval(row.low, row.high)}; over all turns {label} loses {points(-mine.difference[name], False)} points."
     ]
 
 

@@ -23,8 +23,10 @@ def noise_helps(facts):
             better.append((known[low] > 0).all() if sign > 0 else (known[high] < 0).all())
             worse.append((known[high] < 0).all() if sign > 0 else (known[low] > 0).all())
             ends = known[value].min(), known[value].max()
-            texts = map(points, ends) if sign > 0 else map(times, np.exp(ends))
-            parts.append(f"{'F1 points' if sign > 0 else 'perplexity'} {' to '.join(texts)} in {len(known)} draws")
+            outer = known[low].min(), known[high].max()
+            texts = [points(v) if sign > 0 else times(np.exp(v)) for v in (*ends, *outer)]
+            what = f"{'F1 points' if sign > 0 else 'perplexity'} {texts[0]} to {texts[1]}"
+            parts.append(f"{what} in {len(known)} draws (intervals from {texts[2]} to {texts[3]})")
     if parts and (reason := dig(facts.f.weights, "noise.f1_reason")):
         parts.append(f"F1 not scored ({reason})")
     if not parts:
@@ -68,7 +70,9 @@ def weights_are_normal(facts):
     off = float((distances > by_chance).mean())
     near = ", ".join(f"{percent((distances <= d).mean(), 0)} at {d:g}" for d in DISTANCES)
     text = f"{percent(off, 0)} of {len(layers)} layers are farther from normal than chance (Kolmogorov-Smirnov, "
-    text += f"{percent(confidence, 0)}); within a distance: {near} (median {number(distances.median(), 3)})"
+    text += f"{percent(confidence, 0)}), a verdict that many weights decide; the distance, 0 to 1, is "
+    text += f"{number(distances.median(), 3)} in the median layer, at most {number(distances.max(), 3)}; "
+    text += f"within a distance: {near}"
     try:
         gaussian, best = _errors(facts, "gaussian_lloyd_max", "lloyd_max")
         text += f"; 16 levels made for a normal distribution cost {percent(gaussian / best - 1, signed=True)} error"

@@ -108,21 +108,21 @@ def measure_answers(samples: list[dict], tokenizer, limit: int) -> None:
 
 
 def slim(row: dict) -> dict:
-    """A sample without its prompt: lm-eval's `arguments` and `doc.text` both hold it, longer with every turn, and two
+    """A sample without its prompt: lm-eval's `arguments` and `doc.text` both hold it, longer with every turn, and three
     hashes speak of it; `target` is `doc.references` again. A dialogue's first row keeps `doc.text`, which is the story.
     """
     doc = {k: v for k, v in row["doc"].items() if k != "text" or row["doc"].get("turn", 1) == 1}
-    left_out = ("arguments", "prompt_hash", "target_hash", "target")
+    left_out = ("arguments", "doc_hash", "prompt_hash", "target_hash", "target")
     return {key: value for key, value in row.items() if key not in left_out} | {"doc": doc}
 
 
 def without_texts(row: dict) -> dict:
-    """A sample for results that may not hold their data's texts: ids, scores, lengths, and a hash of the answer."""
+    """A sample for results that may not hold their data's texts: ids, scores, lengths, and the beginning of the answer's hash."""
     doc = {key: row["doc"].get(key) for key in ("id", "data_set", "source", "turn", "last_turn")}
-    kept = {key: value for key, value in row.items() if isinstance(value, (bool, int, float)) or key == "doc_hash"}
+    kept = {key: value for key, value in row.items() if isinstance(value, (bool, int, float))}
     answer = row["filtered_resps"][0]
     line = answer.strip().split("\n")[0] if isinstance(answer, str) else str(answer)  # multiple choice: scores
-    return kept | {"doc": doc, "answer_sha256": hashlib.sha256(line.encode()).hexdigest()}
+    return kept | {"doc": doc, "answer_sha256": hashlib.sha256(line.encode()).hexdigest()[:16]}
 
 
 def mean(samples: list[dict], metric: str) -> float:

@@ -36,7 +36,8 @@ def choices(**metadata) -> dict[str, Dataset]:
 
 
 def answers(**metadata) -> dict[str, Dataset]:
-    dialogues = coqa.read("embedded", (metadata.get("dialogues") or 60) + SHOTS)
+    found = coqa.read("embedded")
+    dialogues = found[: (metadata.get("dialogues") or len(found)) + SHOTS]
     passages = [" ".join(d["story"].split()[:80]) for d in dialogues]
     shots = [f"{p}\nQ: {_turns(d)[0][0]}\nA: {_turns(d)[0][1]}" for p, d in zip(passages, dialogues, strict=True)]
     documents = []

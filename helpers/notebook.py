@@ -210,6 +210,20 @@ def _only(target: Path):
         yield
 
 
+def _tell_empty(executed) -> None:
+    """A heading whose cells show nothing says so: a study without a GPU, dialogues or results has such."""
+    heading, shown, sections = None, [], []
+    for cell in executed.cells:
+        if cell.cell_type == "markdown":
+            heading, shown = cell, []
+            sections.append((heading, shown))
+        elif heading is not None:
+            shown.append(any(output.output_type != "stream" for output in cell.outputs))
+    for heading, shown in sections:
+        if heading.source.startswith("##") and shown and not any(shown):
+            heading.source += "\n\nNot measured in this study."
+
+
 def render(source: Path, target: Path) -> None:
     """The report: an executed notebook as one HTML file by notebooks/template, nothing fetched from the network.
     Raises StudyError if the notebook was cut off; an older report stays."""
@@ -226,6 +240,7 @@ def render(source: Path, target: Path) -> None:
         executed = nbformat.read(source, 4)
     except ValueError:
         raise StudyError(f"{source}: not a whole notebook; delete it and run make report again") from None
+    _tell_empty(executed)
     body, _ = exporter.from_notebook_node(executed, resources=resources)
     results.write_text(target, body)
     print(f"{target.relative_to(ROOT) if target.is_relative_to(ROOT) else target}: open it in a browser")

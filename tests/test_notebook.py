@@ -91,6 +91,20 @@ def test_scraps_of_killed_runs_go_after_an_hour(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("half-written by a run that was killed") == 2
 
 
+def test_a_heading_whose_cells_show_nothing_says_so(tmp_path):
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+    shown = new_output("display_data", {"text/html": "<p>seen</p>"})
+    cells = [new_markdown_cell("## Full"), new_code_cell("1"), new_code_cell("2", outputs=[shown])]
+    cells += [new_markdown_cell("## Empty"), new_code_cell("3", outputs=[new_output("stream", text="progress")])]
+    cells += [new_markdown_cell("## Parent"), new_markdown_cell("### Child"), new_code_cell("4", outputs=[shown])]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "report.ipynb")
+    notebook.render(tmp_path / "report.ipynb", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Not measured in this study.") == 1
+    assert page.index("Empty") < page.index("Not measured in this study.") < page.index("Parent")
+
+
 def test_a_render_that_fails_says_so_and_keeps_the_older_report(tmp_path):
     cut, report = tmp_path / "04_analysis.ipynb", tmp_path / "report.html"
     cut.write_text('{"cells": [')

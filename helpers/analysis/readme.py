@@ -40,15 +40,15 @@ def answer(f: frames.Frames, rows, hardware: frames.Frames, other: frames.Frames
         lines.append(f"| {' | '.join(cells)} |")
     where = f"Memory and time: Llama-3.2-1B's shape, {frames.MODES[mode]}, {sentences.device(hardware)}."
     dashes = [name for name in SHOWN if name in rows.index and name not in decode[0]]
-    where += "".join(f" {NONE}: {why}." for name in dashes for why in reasons(name, mode))
+    where += "".join(f" {NONE}: {why}." for name in dashes for why in reasons(hardware, name, mode))
     n = [f"{study.study.model.name}, {sentences.counts(study).split(';')[0]}" for study in (f, other)]
     notes = f"All vs full precision; {sentences.counts(f).split('; ')[1]}", f"F1: {'; '.join(n)}.", where
     return [*lines, "", "\n\n".join(notes)]
 
 
-def reasons(name: str, mode: str) -> list[str]:
+def reasons(f: frames.Frames, name: str, mode: str) -> list[str]:
     """Why a format has no decode time in a mode, once each."""
-    rows = results.read(ROOT / "executed/reference/h200" / STUDIES[2] / name / "benchmark.json").data["left_out"]
+    rows = results.read_all(f.study)[name]["benchmark"].data["left_out"]
     whys = [row["reason"] for row in rows if row["reason"].startswith(f"{mode}: ")]
     return list(dict.fromkeys(why.removeprefix(f"{mode}: ") for why in whys))
 

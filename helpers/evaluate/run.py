@@ -117,7 +117,7 @@ def slim(row: dict) -> dict:
 
 
 def without_texts(row: dict) -> dict:
-    """A sample for results that may not hold their data's texts: ids, scores, lengths, the start of the answer's hash."""
+    """A sample for results that may not hold their data's texts: ids, scores, lengths, part of the answer's hash."""
     doc = {key: row["doc"].get(key) for key in ("id", "data_set", "source", "turn", "last_turn")}
     kept = {key: value for key, value in row.items() if isinstance(value, (bool, int, float))}
     answer = row["filtered_resps"][0]

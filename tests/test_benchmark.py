@@ -479,6 +479,10 @@ def test_a_budgets_row(load, sizes, monkeypatch):
     assert (row["batch"], row["fails"], row["mode"]) == (90, 91, "cuda_graph") and fractions == [0.1, 1.0]
     assert row["tokens_per_second"] == pytest.approx(90 / 2e-3)
     assert tried[-2:] == [(90, "cuda_graph", True), (90, "compile", True)]
+    # The edge's batch fits for one step, and not for the timing: the next smaller that does is the largest.
+    monkeypatch.setattr(capacity, "_attempt", lambda m, s, batch, *_, timed: [2.0] if batch <= 90 - 2 * timed else None)
+    row = capacity._largest(model, sizes, 8, 100, 0, modes, float("inf"))
+    assert (row["batch"], row["fails"], row["reason"]) == (88, 89, None)
     monkeypatch.setattr(capacity, "_attempt", lambda *arguments, **options: None)
     nothing = capacity._largest(model, sizes, 8, 0, 0, modes, float("inf"))
     assert nothing["batch"] == 0 and "no batch decoded within 8 GiB" in nothing["reason"]

@@ -81,6 +81,11 @@ def test_a_format_unpacked_to_full_precision_has_no_times_of_its_own():
     )
 
 
+def test_a_search_that_failed_higher_up_does_not_say_that_nothing_fits():
+    rows = frames.load(HARDWARE).largest.set_index(["configuration", "budget_gib"])
+    assert rows.batch.isna()["nf4", 4.0] and "5 tries" in rows.reason["nf4", 4.0] and rows.batch["nf4", 16.0] > 2000
+
+
 def test_a_second_process_is_seen():
     reference = frames.load(FIRST_ROUND)
     eager = (

@@ -25,7 +25,8 @@ times           configuration, process, phase (prefill, decode, first token), mo
 sizes           index: configuration. MiB: reported (get_memory_footprint), allocated, tensors, state (quantization
                 state), linear, checkpoint (the file; known without a benchmark), peak_load, peak_prefill, peak_decode;
                 kv_bytes (per token)
-largest         configuration, process, budget_gib, mode, batch (0: none fits), fails_at, tokens_per_second, reason
+largest         configuration, process, budget_gib, mode, batch (0: none fits; NaN: none found, though some may fit),
+                fails_at, tokens_per_second, reason
 energy          configuration, process, mode, batch, seconds, joules_per_token, watts
 profile         configuration, process, mode, batch, what, ms (per step), share, kernels, gb_per_second
 agreement       configuration, process, mode, tokens, identical (greedy tokens equal to eager's)
@@ -147,6 +148,9 @@ def load(where: Study | str | Path) -> Frames:
     built = {name: tables.listed(measured, name) for name in tables.LISTS} | {"times": tables.times(measured)}
     unpacked = configurations.index[configurations.same_kernels]
     built = {k: rows[~rows.configuration.isin(unpacked)].reset_index(drop=True) for k, rows in built.items()}
+    # Only a search that saw a single row fail has shown that none fits.
+    lost = (built["largest"].batch == 0) & (built["largest"].fails_at.astype(float) > 1)
+    built["largest"].loc[lost, ["batch", "tokens_per_second"]] = np.nan
     sizes = tables.sizes(data["benchmark"], checkpoints)  # of what is unpacked only the file is the format's own
     sizes.loc[sizes.index.isin(unpacked), sizes.columns != "checkpoint"] = np.nan
     parts = {name: getattr(tables, name)(fidelity) for name in ("tokens", "texts", "confidence", "floor", "dialogues")}

@@ -14,8 +14,9 @@ slot by slot over exactly its columns, as suits a CPU; helpers.evaluate.static_s
 CUDA graph can hold the step."""
 
 import itertools
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -63,15 +64,24 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def few_rows() -> int:
+    """So many rows and fewer are faster as they stand. MKL has kernels for few rows, but not for others' processors."""
+    with suppress(OSError):
+        return 8 if "GenuineIntel" in Path("/proc/cpuinfo").read_text() else 1
+    return 1
+
+
 class WeightsAtTheLeft(TorchFunctionMode):
     """Linear layers of few float32 rows as weight times columns: the same products, and a CPU's matrix library is up
     to three times faster with them (eight times with the vocabulary's)."""
+
+    few = few_rows()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.linear and not kwargs:
             rows, weight, bias = (*args, None)[:3]
             plain = bias is None and rows.dtype is torch.float32 and type(weight) is torch.nn.Parameter
-            if plain and 1 < rows.numel() // rows.shape[-1] <= TALL_ROWS:
+            if plain and self.few < rows.numel() // rows.shape[-1] <= TALL_ROWS:
                 return (weight @ rows.flatten(0, -2).T).T.unflatten(0, rows.shape[:-1])
         return function(*args, **(kwargs or {}))
 

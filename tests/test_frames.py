@@ -121,7 +121,7 @@ def test_the_first_figure_shows_cuda_graphs_rather_than_eager_mode():
 def test_a_format_that_wants_to_be_compiled_is_named():
     f = frames.load(HARDWARE)
     (said,) = sentences.compiled(f, f.ratios())
-    assert said.startswith("FP8 wants torch.compile: 0.92x of FP16's time") and "4.41x when neither is" in said
+    assert said.startswith("FP8 wants torch.compile: 1.00x of FP16's time") and "4.33x when neither is" in said
     ratios = f.ratios()
     assert sentences.compiled(f, ratios[ratios["mode"] != "compile"]) == []
 
@@ -241,8 +241,11 @@ def test_the_answer_follows_the_verdict_and_what_it_may_cost(reference, all_turn
 
 def test_a_gain_of_chance_is_told_with_its_interval(reference, all_turns):
     last = contrasts.table(reference, last_turns=True)
-    (said,) = sentences.by_chance(reference, *(contrasts.vs_full(reference, rows) for rows in (all_turns, last)))
-    assert "INT4 (rounded) 2.1 points above FP16 (n = 50)" in said and "loses 5.4 points" in said
+    every, last = (contrasts.vs_full(reference, rows) for rows in (all_turns, last))
+    assert sentences.by_chance(reference, every, last) == []
+    last.loc["int4", "difference"] = 0.021  # as an earlier run of these questions had it
+    (said,) = sentences.by_chance(reference, every, last)
+    assert "INT4 (rounded) 2.1 points above FP16 (n = 50)" in said and "of 7 formats" in said
     assert sentences.by_chance(reference, *[contrasts.vs_full(reference, all_turns)] * 2) == []
 
 

@@ -212,16 +212,21 @@ def _only(target: Path):
 
 def _tell_empty(executed) -> None:
     """A heading whose cells show nothing says so: a study without a GPU, dialogues or results has such."""
-    heading, shown, sections = None, [], []
+    sections = []
     for cell in executed.cells:
         if cell.cell_type == "markdown":
-            heading, shown = cell, []
-            sections.append((heading, shown))
-        elif heading is not None:
-            shown.append(any(output.output_type != "stream" for output in cell.outputs))
+            sections.append((cell, []))
+        elif sections:
+            sections[-1][1].append(any(map(_visible, cell.outputs)))
     for heading, shown in sections:
         if heading.source.startswith("##") and shown and not any(shown):
             heading.source += "\n\nNot measured in this study."
+
+
+def _visible(output) -> bool:
+    """Whether a cell's output is text or a picture on the page; streams are left out there."""
+    page = output.get("data", {}).get("text/html", "")
+    return bool(re.search(r"<(img|svg)\b", page) or re.sub(r"<[^>]*>", "", page).strip())
 
 
 def render(source: Path, target: Path) -> None:

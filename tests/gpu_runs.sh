@@ -28,13 +28,15 @@ hardware() { # the 1B shape needs no model file
 }
 
 shared() { # all that may share a card, at once: the locks of helpers/cards.py keep their number down
+  local jobs=() # `wait` alone would wait for the hardware too
+  export OMP_NUM_THREADS=8 # 03_weights would take every core, and the timings need theirs
   await $smollm2
   run setup "$last" make PYTHON="$python" executed/smollm2-135m/setup.json STUDY=smollm2-135m
-  study smollm2-135m "$last" accuracy -j3 &
-  { await $gemma; study gemma3-270m "$last" accuracy -j3; } &
-  { await .cache/data; study smollm2-135m-public "$last" accuracy -j3; } &
-  run recipe "$last" "$python" tests/bench_recipe.py --seeds 0 1 2 --jobs 2 --out executed/recipe.json &
-  wait
+  study smollm2-135m "$last" accuracy -j3 & jobs+=($!)
+  { await $gemma; study gemma3-270m "$last" accuracy -j3; } & jobs+=($!)
+  { await .cache/data; study smollm2-135m-public "$last" accuracy -j3; } & jobs+=($!)
+  run recipe "$last" "$python" tests/bench_recipe.py --seeds 0 1 2 --jobs 2 --out executed/recipe.json & jobs+=($!)
+  wait "${jobs[@]}"
   run bench_eval "$last" "$python" tests/bench_eval.py --limit 50 --configurations fp16 --stock-batch-sizes 256 512
   run rehearsal "$last" "$python" tests/bench_rehearsal.py --targets accuracy --jobs 3 --configs fp16 nf4 \
     --out executed/rehearsal.json

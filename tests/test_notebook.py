@@ -96,7 +96,8 @@ def test_a_heading_whose_cells_show_nothing_says_so(tmp_path):
 
     shown = new_output("display_data", {"text/html": "<p>seen</p>"})
     cells = [new_markdown_cell("## Full"), new_code_cell("1"), new_code_cell("2", outputs=[shown])]
-    cells += [new_markdown_cell("## Empty"), new_code_cell("3", outputs=[new_output("stream", text="progress")])]
+    unseen = [new_output("stream", text="progress"), new_output("display_data", {"text/html": "<p> </p>"})]
+    cells += [new_markdown_cell("## Empty"), new_code_cell("3", outputs=unseen)]
     cells += [new_markdown_cell("## Parent"), new_markdown_cell("### Child"), new_code_cell("4", outputs=[shown])]
     nbformat.write(new_notebook(cells=cells), tmp_path / "report.ipynb")
     notebook.render(tmp_path / "report.ipynb", tmp_path / "report.html")

@@ -13,7 +13,7 @@ from helpers.analysis.style import NONE, number, percent, times
 MARKS = ("<!-- found: rendered by make readme from executed/reference -->", "<!-- end of found -->")
 # three data sets, the claims, the hardware, another model
 STUDIES = ("smollm2-135m-public", "smollm2-135m", "llama-3.2-1b-random", "gemma3-270m")
-SHOWN = ("nf4", "fp4", "int8", "fp8")
+SHOWN = ("nf4", "fp4", "gptq", "int8", "fp8")
 
 
 def answer(f: frames.Frames, rows, hardware: frames.Frames, other: frames.Frames, others) -> list[str]:

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import nbformat
 import pytest
@@ -368,7 +369,11 @@ def test_explore_opens_at_once_without_torch_and_its_widgets_work(tmp_path):
         "--inplace",
         tmp_path / "explore.ipynb",
     ]
-    subprocess.run(command, check=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    run = partial(subprocess.run, command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    try:
+        run(timeout=100)
+    except subprocess.TimeoutExpired:  # nbclient misses a message on a busy machine, once in some full runs, and waits
+        run(timeout=200)
     book = nbformat.read(tmp_path / "explore.ipynb", 4)
     assert float(book.cells[first + 1].outputs[0].text) < 5  # seconds of this process, whatever else the machine does
     shown = "".join(o.get("text", "") + str(o.get("data", {}).get("text/plain", "")) for o in book.cells[-1].outputs)

@@ -28,7 +28,7 @@ def test_every_notebook_of_a_study_is_in_one_container_and_make_knows_it(cloud):
     assert planned[0][1] == "fp16" and "executed/smollm2-135m/03_weights.ipynb" in planned[0][2]
     assert sum("03_weights" in target for _, _, targets in planned for target in targets) == 1
     study, name, targets = planned[1]
-    command = ["make", "-n", f"STUDY={study}", f"CONFIGS={name}", f"PYTHON={sys.executable}", "PROCESSES=3", *targets]
+    command = ["make", "-nB", f"STUDY={study}", f"CONFIGS={name}", f"PYTHON={sys.executable}", "PROCESSES=3", *targets]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     runs = [line.split('"')[1].split("/", 2)[2] for line in lines if "notebook run" in line]
     hardware = [f"{name}/02_benchmark{n}.ipynb" for n in ("", "_2", "_3")]

@@ -246,6 +246,7 @@ def test_a_gain_of_chance_is_told_with_its_interval(reference, all_turns):
     last.loc["int4", "difference"] = 0.021  # as an earlier run of these questions had it
     (said,) = sentences.by_chance(reference, every, last)
     assert "INT4 (rounded) 2.1 points above FP16 (n = 50)" in said and "of 7 formats" in said
+    assert "over all turns INT4 (rounded) loses 6.0 points" in said
     assert sentences.by_chance(reference, *[contrasts.vs_full(reference, all_turns)] * 2) == []
 
 

@@ -8,6 +8,11 @@ last=$(( $(nvidia-smi -L | wc -l) - 1 )); others=$(seq -s, 0 $(( last > 0 ? last
 export ACCEPT_GEMMA_TERMS=1 # whoever calls this has read them
 mkdir -p executed/logs
 
+# A benchmark of a step of launches measures the host too: each lane keeps to cores of its own.
+mapfile -t cores < <("$python" -c 'import os; print(*sorted(os.sched_getaffinity(0)), sep="\n")')
+share=$(( ${#cores[@]} * 5 / 8 ))
+lane() { local IFS=,; taskset -pc "$*" $BASHPID > /dev/null; } # for what is started from here on
+
 run() { # name of the log, cards, then a command; until the time is over
   local log=executed/logs/$1.log cards=$2; shift 2
   echo "$(date +%T) start $*" >> "$log"
@@ -22,14 +27,18 @@ smollm2=.cache/SmolLM2-135M-Instruct.Q4_1.gguf
 gemma=.cache/gemma-3-270m-q4_k_m.gguf
 
 hardware() { # the 1B shape needs no model file
+  lane "${cores[@]:0:share}"
   study llama-3.2-1b-random "$others" hardware -j$last CONFIGS="$timed" PROCESSES=3
   await $smollm2
   for part in "fp16 nf4 fp4" "$later"; do study smollm2-135m "$others" hardware -j$last CONFIGS="$part" PROCESSES=3; done
+  await $gemma
+  for part in "fp16 nf4 fp4" "$later"; do study gemma3-270m "$others" hardware -j$last CONFIGS="$part" PROCESSES=3; done
 }
 
-shared() { # all that may share a card, at once: the locks of helpers/cards.py keep their number down
+shared() { # what may share a card, at once: the locks of helpers/cards.py keep their number down
   local jobs=() # `wait` alone would wait for the hardware too
-  export OMP_NUM_THREADS=8 # 03_weights would take every core, and the timings need theirs
+  lane "${cores[@]:share}"
+  export OMP_NUM_THREADS=4
   await $smollm2
   run setup "$last" make PYTHON="$python" executed/smollm2-135m/setup.json STUDY=smollm2-135m
   study smollm2-135m "$last" accuracy -j3 & jobs+=($!)
@@ -37,17 +46,17 @@ shared() { # all that may share a card, at once: the locks of helpers/cards.py k
   { [ -e .cache/data ] && study smollm2-135m-public "$last" accuracy -j3; } & jobs+=($!)
   run recipe "$last" "$python" tests/bench_recipe.py --seeds 0 1 2 --jobs 2 --out executed/recipe.json & jobs+=($!)
   wait "${jobs[@]}"
-  run bench_eval "$last" "$python" tests/bench_eval.py --limit 50 --configurations fp16 --stock-batch-sizes 256 512
+  OMP_NUM_THREADS=16 run bench_eval "$last" "$python" tests/bench_eval.py --limit 50 --configurations fp16 \
+    --stock-batch-sizes 256 512
+  study smollm2-135m-calibration "$last" accuracy -j4 & jobs=($!)
   run rehearsal "$last" "$python" tests/bench_rehearsal.py --targets accuracy --jobs 3 --configs fp16 nf4 \
-    --out executed/rehearsal.json
-  run bench_peer "$last" make PYTHON="$python" bench-peer
+    --out executed/rehearsal.json & jobs+=($!)
+  wait "${jobs[@]}"
   run gpu_tests "$last" "$python" -m pytest -q -p no:cacheprovider tests/test_architectures.py tests/test_dialogue.py -k "gpu or captured"
-  study smollm2-135m "$last" hardware CONFIGS="$later" PROCESSES=3 # what the other cards have begun is refused here
-  study gemma3-270m "$last" hardware CONFIGS="fp16 nf4 fp4 gptq" PROCESSES=3
+  study gemma3-270m "$last" hardware CONFIGS="$later" PROCESSES=3 # what the other cards have begun is refused here
 }
 
-hardware & shared
+hardware & shared &
 wait
-study gemma3-270m "0,$others,$last" hardware -j8 CONFIGS="$timed" PROCESSES=3
-study smollm2-135m-calibration "0,$others,$last" accuracy -j8
+run bench_peer "$last" make PYTHON="$python" bench-peer
 run check_gpu "$last" "$python" tests/check_gpu.py --json executed/check_gpu.json

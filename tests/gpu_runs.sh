@@ -14,10 +14,11 @@ share=$(( ${#cores[@]} * 5 / 8 ))
 lane() { local IFS=,; taskset -pc "$*" $BASHPID > /dev/null; } # for what is started from here on
 
 run() { # name of the log, cards, then a command; until the time is over
-  local log=executed/logs/$1.log cards=$2; shift 2
+  local log=executed/logs/$1.log cards=$2 left=$(( end - $(date +%s) )) code=0; shift 2
+  [ $left -gt 0 ] || return
   echo "$(date +%T) start $*" >> "$log"
-  CUDA_VISIBLE_DEVICES=$cards timeout -k 5 $(( end - $(date +%s) )) "$@" >> "$log" 2>&1
-  echo "$(date +%T) end $? $*" >> "$log"
+  CUDA_VISIBLE_DEVICES=$cards timeout -k 5 $left "$@" >> "$log" 2>&1 || code=$?
+  echo "$(date +%T) end $code $*" >> "$log"
 }
 study() { run "$1-$3" "$2" make -k PYTHON="$python" "${@:4}" "$3" STUDY="$1"; }
 await() { until [ -e "$1" ] || [ "$(date +%s)" -gt "$end" ]; do sleep 1; done; } # a file that another makes

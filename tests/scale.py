@@ -1,6 +1,6 @@
 """Seventy configurations of forty models on paper: `python tests/scale.py` writes executed/reference/scale.md.
 
-Every number comes from a committed run: seconds of each notebook's own work on an H200, bytes of weights and of result
+Every number comes from a committed run: seconds of each notebook's own work on a GPU, bytes of weights and of result
 files. Starting a kernel (some seconds a notebook) and downloads are not in it.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "executed/reference"
-ACCURACY, HARDWARE = REFERENCE / "h200/smollm2-135m", REFERENCE / "h200/llama-3.2-1b-random"
+ACCURACY, HARDWARE = REFERENCE / "h100/smollm2-135m", REFERENCE / "h100/llama-3.2-1b-random"
 CONFIGURATIONS, MODELS, PROCESSES, GPUS = 70, 40, 3, 8
 
 
@@ -76,10 +76,9 @@ def table(m: dict) -> str:
 
 def main() -> None:
     text = f"# {CONFIGURATIONS} configurations of {MODELS} models, on paper\n\n"
-    text += (
-        "Rendered by `python tests/scale.py` from the committed runs on an H200, not run at this size. Without kernel\n"
-    )
-    text += "starts (some seconds a notebook) and downloads; times for the models named, longer for larger ones.\n\n"
+    card = json.loads((ACCURACY / "fp16/evaluation.json").read_text())["provenance"]["gpu"]["name"]
+    text += f"Rendered by `python tests/scale.py` from the committed runs on an {card}, not run at this size. Without\n"
+    text += "kernel starts (some seconds a notebook) and downloads; times for the models named, longer for larger ones.\n\n"
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else REFERENCE / "scale.md"
     target.write_text(text + table(measured()))
     print(target.read_text())

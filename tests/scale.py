@@ -77,8 +77,8 @@ def table(m: dict) -> str:
 def main() -> None:
     text = f"# {CONFIGURATIONS} configurations of {MODELS} models, on paper\n\n"
     card = json.loads((ACCURACY / "fp16/evaluation.json").read_text())["provenance"]["gpu"]["name"]
-    text += f"Rendered by `python tests/scale.py` from the committed runs on an {card}, not run at this size. Without\n"
-    text += "kernel starts (some seconds a notebook) and downloads; times for the models named, longer for larger ones.\n\n"
+    text += f"Rendered by `python tests/scale.py` from the committed runs on an {card}, not run at this size.\n"
+    text += "Without kernel starts (some seconds a notebook) and downloads. Larger models take longer.\n\n"
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else REFERENCE / "scale.md"
     target.write_text(text + table(measured()))
     print(target.read_text())

@@ -126,7 +126,7 @@ def judged(made: dict, designs: list | None = None) -> pd.DataFrame:
 def test_a_study_in_which_the_paper_is_right():
     rows = judged(spec())
     assert rows.verdict.to_dict() == dict.fromkeys(claims.CLAIMS, HOLDS)
-    assert rows.evidence.all() and set(rows.kind[rows.about == "library"]) == {"confirmed whatever the model"}
+    assert rows.evidence.all() and set(rows.kind[rows.about == "library"]) == {"confirmed for the library as used here"}
     assert (
         rows["size"]["nf4_beats_full"] == rows.direction["fp4_below_full"] == rows.equality["nf4_matches_full"] == HOLDS
     )

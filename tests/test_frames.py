@@ -102,6 +102,18 @@ def test_a_search_that_failed_higher_up_does_not_say_that_nothing_fits(hardware)
     assert rows.batch.isna()["nf4", 4.0] and "5 tries" in rows.reason["nf4", 4.0] and rows.batch["nf4", 16.0] > 2000
 
 
+def test_a_figure_that_stays_empty_takes_an_earlier_runs_away(hardware):
+    f = frames.load(hardware)
+    folder = results.figures_folder(f.study)
+    with plots.figure("one", f) as (_, axes):
+        axes.plot([1, 2], [1, 2])
+    assert {path.suffix for path in folder.glob("one.*")} == {".png", ".svg", ".txt"}
+    with plots.figure("one", f):
+        pass
+    assert not list(folder.glob("one.*"))
+    shutil.rmtree(folder)
+
+
 def test_a_second_process_is_seen():
     reference = frames.load(FIRST_ROUND)
     eager = (
@@ -141,7 +153,7 @@ def test_a_format_that_wants_to_be_compiled_is_named():
     steps = ratios.query("configuration == 'fp8' and phase == 'decode' and batch == 1 and tokens == 128")
     step = steps.set_index("mode")
     compiled, neither = (f"{step.ratio[mode]:.2f}x" for mode in ("compile", "cuda_graph"))
-    assert said.startswith(f"FP8 wants torch.compile: {compiled} of FP16's time") and f"{neither} when neither" in said
+    assert said.startswith(f"FP8 wants torch.compile: {compiled} [") and f"compiled, {neither} when neither" in said
     assert sentences.compiled(f, ratios[ratios["mode"] != "compile"]) == []
 
 

@@ -26,7 +26,7 @@ def kind(facts: Facts, about: str, verdict: str, measured: bool) -> str:
     if not measured:
         return "not testable here"
     if about == "library":
-        return {HOLDS: "confirmed", FAILS: "refuted"}.get(verdict, "open") + " whatever the model"
+        return {HOLDS: "confirmed", FAILS: "refuted"}.get(verdict, "open") + " for the library as used here"
     if about == "hardware":
         return f"tested on {'the same architecture' if facts.same_architecture else 'another model'} and another card"
     return "tested on the paper's model" if facts.same_model else "tested on another model and data"

@@ -134,7 +134,8 @@ def dequantization_is_the_cause(facts):
         few = graph.processes < durations.LEAST_PROCESSES
         found.append(OPEN if few else HOLDS if kept[0] >= lost[1] / 2 else FAILS if kept[1] < lost[0] / 2 else OPEN)
         cost = [f"{number(row.ms - row.ms_full, signed=True)} ms" for row in (eager, graph)]
-        parts.append(f"batch {batch:,.0f}: {cost[0]} a token in eager mode, {cost[1]} in a CUDA graph")
+        text = f"batch {batch:,.0f}: {cost[0]} a token in eager mode, {cost[1]} in a CUDA graph"
+        parts.append(f"{text} ({times(graph.ratio)})")
     if not found:
         return Verdict(OPEN, f"NF4 is not shown to be slower in eager mode{_few(ratios)}")
     return Verdict(_mixed(found, BATCH), f"NF4 costs; {'; '.join(parts)}")

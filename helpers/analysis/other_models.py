@@ -1,5 +1,7 @@
 """The same formats on another model: do they keep their order there? Study parameter `beside` names the studies."""
 
+import math
+
 import pandas as pd
 
 from helpers import ROOT, results
@@ -35,13 +37,16 @@ def separated(rows: pd.DataFrame) -> set[tuple[str, str]]:
 
 
 def order(f: Frames, rows: pd.DataFrame, other: Frames, others: pd.DataFrame) -> str:
-    """One sentence: in how many pairs of formats both models agree."""
+    """In how many pairs of formats both models agree."""
     here, there = separated(rows), separated(others)
+    pairs = math.comb(f.samples.configuration[f.samples.configuration != f.full].nunique(), 2)
+    level = style.percent(f.study.statistics.confidence, 0)
     turned = sorted(f"{f.label(a)} and {f.label(b)}" for a, b in here if (b, a) in there)
     only = sorted(f"{f.label(a)} above {f.label(b)}" for a, b in there - here if {a, b} <= set(f.configurations.index))
     reversed_pairs = f" ({sentences.listed(turned)})" if turned else ""
     further = f"; it also puts {sentences.listed(only)}" if only else ""
     return (
-        f"F1 separates {len(here)} pairs of formats on {grid(f)}. On {grid(other)}, {len(here & there)} of them come "
-        f"out the same way and {len(turned)} the other way round{reversed_pairs}{further}."
+        f"Exploratory, each pair at {level} by itself: F1 separates {len(here)} of {pairs} pairs of formats on "
+        f"{grid(f)}, {sentences.counts(f).split(';')[0]}. On {grid(other)}, {len(here & there)} of them come out "
+        f"the same way and {len(turned)} the other way round{reversed_pairs}{further}."
     )

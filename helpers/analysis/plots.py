@@ -63,15 +63,17 @@ def figure(name: str, f: Frames, rows: int = 1, columns: int = 1, height: float 
     caption.
 
     caption: one or two sentences of plain text; the first says what to see, and is the alternative text. Axes that stay
-    empty show nothing: the section's table says what was not measured.
+    empty show nothing, and an earlier run's figure goes: the section's table says what was not measured.
     """
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         drawn, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", **options)
         try:
             yield drawn, axes
-            if not any(np.isfinite(panel.dataLim.get_points()).all() for panel in drawn.axes):
-                return
             folder = results.figures_folder(f.study)
+            if not any(np.isfinite(panel.dataLim.get_points()).all() for panel in drawn.axes):
+                for kind in ("png", "svg", "txt"):
+                    (folder / f"{name}.{kind}").unlink(missing_ok=True)
+                return
             folder.mkdir(parents=True, exist_ok=True)
             for kind, extra in (("png", {"dpi": PNG_DPI}), ("svg", {})):
                 meta = {"Software": None} if kind == "png" else {"Date": None}

@@ -43,7 +43,18 @@ def answer(f: frames.Frames, rows, hardware: frames.Frames, other: frames.Frames
     where += "".join(f" {NONE}: {why}." for name in dashes for why in reasons(hardware, name, mode))
     n = [f"{study.study.model.name}, {sentences.counts(study).split(';')[0]}" for study in (f, other)]
     notes = f"All vs full precision; {sentences.counts(f).split('; ')[1]}", f"F1: {'; '.join(n)}.", where
-    return [*lines, "", "\n\n".join(notes)]
+    return [*lines, "", "\n\n".join([*notes, *elsewhere(hardware, ratios, mode)])]
+
+
+def elsewhere(f: frames.Frames, ratios, shown: str) -> list[str]:
+    """Decode at batch 1 in the modes that the table does not show."""
+    parts = []
+    for mode in (mode for mode in frames.MODES if mode != shown and (ratios["mode"] == mode).any()):
+        rows = contrasts.at(ratios, "decode", batch=1, mode=mode)
+        rows = rows.reindex([name for name in SHOWN if name in rows.index])
+        found = [f"{f.label(row.Index)} {times(row.ratio)} {sentences.spread(row)}" for row in rows.itertuples()]
+        parts.append(f"{frames.MODES[mode]}: {', '.join(found)}")
+    return [f"Decode at batch 1 in other modes, range of processes. {'. '.join(p[0].upper() + p[1:] for p in parts)}."]
 
 
 def reasons(f: frames.Frames, name: str, mode: str) -> list[str]:
@@ -55,12 +66,11 @@ def reasons(f: frames.Frames, name: str, mode: str) -> list[str]:
 
 def pipeline(measured: dict) -> str:
     """What bench-pipeline measured: a run from nothing, a second run, the tests."""
-    runs, cores = measured["runs"], measured["provenance"]["cores"]
-    peak = max(run["peak_mib"] for run in runs.values()) / 1024
-    return (
-        f"On {cores} cores without a GPU: `make run-all` {number(runs['run-all']['seconds'] / 60, 0)} minutes without "
-        f"downloads, `make test` {number(runs['test']['seconds'] / 60, 0)} minutes, {number(peak, 0)} GiB of memory."
-    )
+    parts = []
+    for what, run in (("run-all", measured["runs"]["run-all"]), ("test", measured["runs"]["test"])):
+        text = f"`make {what}` {number(run['seconds'] / 60, 0)} minutes and {number(run['peak_mib'] / 1024, 1)} GiB"
+        parts.append(f"{text} (it failed)" if run["exit"] else text)
+    return f"On {measured['provenance']['cores']} cores without a GPU, without downloads: {', '.join(parts)}."
 
 
 def rendered(text: str) -> str:
@@ -69,17 +79,18 @@ def rendered(text: str) -> str:
         raise StudyError(f"README.md: the lines {MARKS[0]!r} and {MARKS[1]!r} must each stand there once")
     wide, own, hardware, other = (frames.load(f"executed/reference/h100/{name}") for name in STUDIES)
     paper, rows, others = params.read_paper(), contrasts.table(wide), contrasts.table(other)
-    facts, shape = evidence.facts(own, paper), evidence.facts(hardware, paper)
+    # Of a claim that several studies measured the largest one's verdict counts.
+    facts, shape, largest = (evidence.facts(f, paper) for f in (own, hardware, wide))
     pair = rows[(rows.a == "nf4") & (rows.b == "fp4")]
     found = [sentences.differs(wide, row) for _, row in pair.iterrows()]
     found += sentences.heterogeneity(wide, contrasts.pooled(wide, contrasts.groups(wide, "data_set")))
     found += [other_models.order(own, facts.every, other, others)]
     found += sentences.compiled(hardware, shape.ratios)
     found += sentences.by_chance(own, contrasts.vs_full(own, facts.every), contrasts.vs_full(own, facts.last))
-    found += sentences.redraws(own, facts.designs[:1])
+    found += sentences.redraws(wide, largest.designs[:1])
     lines = [*answer(wide, rows, hardware, other, others), "", *(f"- {text}" for text in found)]
     lines += ["", f"Of the paper's {len(paper['claims'])} claims:", ""]
-    lines += [f"- {text}" for text in sentences.claims(claims.judged(shape), claims.judged(facts))]
+    lines += [f"- {text}" for text in sentences.claims(*(claims.judged(study) for study in (shape, largest, facts)))]
     lines += ["", pipeline(json.loads((ROOT / "executed/reference/bench_pipeline.json").read_text())), ""]
     before, rest = text.split(MARKS[0])
     return f"{before}{MARKS[0]}\n\n" + "\n".join(lines) + MARKS[1] + rest.split(MARKS[1])[1]

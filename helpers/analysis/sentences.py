@@ -157,12 +157,16 @@ def speed(f: Frames, ratios: pd.DataFrame) -> str:
 
 def compiled(f: Frames, ratios: pd.DataFrame) -> list[str]:
     """Formats that a CUDA graph alone shows at half their speed or less."""
-    graph, fused = (contrasts.at(ratios, "decode", batch=1, mode=mode).ratio for mode in ("cuda_graph", "compile"))
+    graph, fused = (contrasts.at(ratios, "decode", batch=1, mode=mode) for mode in ("cuda_graph", "compile"))
+    most = ratios.batch[(ratios.phase == "decode") & (ratios["mode"] == "compile")].max()
+    tall = [contrasts.at(ratios, "decode", batch=most, mode=mode).ratio for mode in ("compile", "cuda_graph")]
     return [
-        f"{f.label(name)} wants torch.compile: {times(fused[name])} of {f.label(f.full)}'s time for a decode step at "
-        f"batch 1 when both are compiled, {times(graph[name])} when neither is ({MODES['cuda_graph']})."
+        f"{f.label(name)} wants torch.compile: {times(fused.ratio[name])} {spread(fused.loc[name])} of "
+        f"{f.label(f.full)}'s time for a decode step at batch 1 when both are compiled, {times(graph.ratio[name])} "
+        f"when neither is ({MODES['cuda_graph']}); at batch {most:,.0f} {times(tall[0].get(name))} and "
+        f"{times(tall[1].get(name))}."
         for name in graph.index.intersection(fused.index)
-        if graph[name] > 2 * fused[name]
+        if graph.ratio[name] > 2 * fused.ratio[name]
     ]
 
 
@@ -181,7 +185,9 @@ def redraws(f: Frames, designs: list[dict]) -> list[str]:
             share = percent(row["share_above"], 0)
             known = interval(row["share_above_low"], row["share_above_high"], lambda v: percent(v, 0))
             parts.append(f"{f.label(row['b'])} beats {f.label(row['a'])} in {share} {known}".strip())
-        said.append(f"In {design['draws']:,} repeats of {kind} ({design['size']} dialogues): {'; '.join(parts)}.")
+        drawn_from = len(f.samples[["data_set", "dialogue"]].drop_duplicates())
+        of = f"{design['size']} dialogues, drawn from {drawn_from:,}"
+        said.append(f"In {design['draws']:,} repeats of {kind} ({of}): {'; '.join(parts)}.")
     return said
 
 
@@ -190,11 +196,13 @@ def heterogeneity(f: Frames, over: pd.DataFrame) -> list[str]:
     if over.empty:
         return []
     level = 1 - f.study.statistics.confidence
-    depends = [f"{f.label(row.configuration)} (I2 {number(row.i2, 0)}%)" for row in over[over.q_p < level].itertuples()]
+    by_data = over[over.q_p < level].itertuples()
+    depends = [f"{f.label(row.configuration)} (I\N{SUPERSCRIPT TWO} {number(row.i2, 0)}%)" for row in by_data]
     same = [f.label(name) for name in over[over.q_p >= level].configuration]
-    said = [f"The loss depends on the data for {listed(depends)}."] if depends else []
     sets = over.data_sets.max()
-    return said + ([f"{sets} data sets show no such sign for {listed(same)}."] if same else [])
+    said = [f"Between {sets} data sets the loss differs by more than chance for {listed(depends)}."] if depends else []
+    few = f"No such difference shows for {listed(same)}, which {sets} data sets could hardly decide."
+    return said + ([few] if same else [])
 
 
 def counted(n: int, verdict: str) -> str:

@@ -1,4 +1,4 @@
-"""Claims about the weights, and about bitsandbytes whatever the model."""
+"""Claims about the weights, and about bitsandbytes."""
 
 import numpy as np
 import pandas as pd
@@ -94,9 +94,9 @@ def int8_cannot_run(facts):
         raise NotMeasured("LLM.int8() ran here on a CPU, without the CUDA kernel that the paper blames")
     rows = facts.f.times
     batches = rows[(rows.configuration == "int8") & (rows.phase == "decode")].batch
-    return Verdict(
-        FAILS, f"it ran here on a GPU, up to batch {batches.max():,.0f}" if len(batches) else "it ran here on a GPU"
-    )
+    text = f"it ran here on a GPU with bitsandbytes {done.bitsandbytes.iloc[0]}"
+    text += f", up to batch {batches.max():,.0f}" if len(batches) else ""
+    return Verdict(FAILS, f"{text}; the paper had 0.43 or later, on another card")
 
 
 def int8_is_fp8(facts):

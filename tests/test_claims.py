@@ -97,6 +97,7 @@ def frames(made: dict) -> Frames:
         for i, (a, b, c, d) in enumerate(made["perturbed"])
     ]
     run = dict(zip(("status", "reason", "gpu"), made["int8"])) | {"configuration": "int8", "kind": "benchmark"}
+    run |= {"bitsandbytes": "0.50.2"}
     given = {
         "study": study,
         "full": "fp16",

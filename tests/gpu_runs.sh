@@ -31,9 +31,13 @@ hardware() { # the 1B shape needs no model file
   lane "${cores[@]:0:share}"
   study llama-3.2-1b-random "$others" hardware -j$last CONFIGS="$timed" PROCESSES=3
   await $smollm2
-  for part in "fp16 nf4 fp4" "$later"; do study smollm2-135m "$others" hardware -j$last CONFIGS="$part" PROCESSES=3; done
+  for part in "fp16 nf4 fp4" "$later"; do
+    study smollm2-135m "$others" hardware -j$last CONFIGS="$part" PROCESSES=3
+  done
   await $gemma
-  for part in "fp16 nf4 fp4" "$later"; do study gemma3-270m "$others" hardware -j$last CONFIGS="$part" PROCESSES=3; done
+  for part in "fp16 nf4 fp4" "$later"; do
+    study gemma3-270m "$others" hardware -j$last CONFIGS="$part" PROCESSES=3
+  done
 }
 
 shared() { # what may share a card, at once: the locks of helpers/cards.py keep their number down
@@ -53,7 +57,8 @@ shared() { # what may share a card, at once: the locks of helpers/cards.py keep 
   run rehearsal "$last" "$python" tests/bench_rehearsal.py --targets accuracy --jobs 3 --configs fp16 nf4 \
     --out executed/rehearsal.json & jobs+=($!)
   wait "${jobs[@]}"
-  run gpu_tests "$last" "$python" -m pytest -q -p no:cacheprovider tests/test_architectures.py tests/test_dialogue.py -k "gpu or captured"
+  run gpu_tests "$last" "$python" -m pytest -q -p no:cacheprovider tests/test_architectures.py \
+    tests/test_dialogue.py -k "gpu or captured"
   study gemma3-270m "$last" hardware CONFIGS="$later" PROCESSES=3 # what the other cards have begun is refused here
 }
 

@@ -27,17 +27,17 @@ timed="fp16 nf4 fp4 gptq fp8 int8" later="gptq fp8 int8"
 smollm2=.cache/SmolLM2-135M-Instruct.Q4_1.gguf
 gemma=.cache/gemma-3-270m-q4_k_m.gguf
 
+timings() { # of a study: half of its formats are complete before the others begin
+  for part in "fp16 nf4 fp4" "$later"; do study "$1" "$others" hardware -j$last CONFIGS="$part" PROCESSES=3; done
+}
+
 hardware() { # the 1B shape needs no model file
   lane "${cores[@]:0:share}"
   study llama-3.2-1b-random "$others" hardware -j$last CONFIGS="$timed" PROCESSES=3
   await $smollm2
-  for part in "fp16 nf4 fp4" "$later"; do
-    study smollm2-135m "$others" hardware -j$last CONFIGS="$part" PROCESSES=3
-  done
+  timings smollm2-135m
   await $gemma
-  for part in "fp16 nf4 fp4" "$later"; do
-    study gemma3-270m "$others" hardware -j$last CONFIGS="$part" PROCESSES=3
-  done
+  timings gemma3-270m
 }
 
 shared() { # what may share a card, at once: the locks of helpers/cards.py keep their number down

@@ -30,12 +30,18 @@ def all_turns(reference):
     return contrasts.table(reference)
 
 
+def copy(results_folder: str, name: str):
+    """Committed results without their reports, copied to executed/NAME."""
+    target = ROOT / "executed" / name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(ROOT / results_folder, target, ignore=shutil.ignore_patterns("*.html", "*.pdf", "lm_eval.json"))
+    return target
+
+
 @pytest.fixture
 def copied():
     """A copy of the committed results, and swap(a, b), which exchanges two configurations' answers."""
-    target = ROOT / "executed" / "copied-by-a-test"
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(ROOT / REFERENCE, target, ignore=shutil.ignore_patterns("*.html", "again", "lm_eval.json"))
+    target = copy(REFERENCE, "copied-by-a-test")
 
     def swap(a: str, b: str) -> None:
         file = "samples_coqa_turns.jsonl"
@@ -56,9 +62,7 @@ def copied():
 @pytest.fixture
 def hardware():
     """A copy of the committed results of the 1B shape."""
-    target = ROOT / "executed" / "hardware-copied-by-a-test"
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(ROOT / HARDWARE, target, ignore=shutil.ignore_patterns("*.html", "*.pdf"))
+    target = copy(HARDWARE, "hardware-copied-by-a-test")
     yield target
     shutil.rmtree(target)
 

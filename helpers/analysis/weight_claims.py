@@ -96,7 +96,8 @@ def int8_cannot_run(facts):
     batches = rows[(rows.configuration == "int8") & (rows.phase == "decode")].batch
     text = f"it ran here on a GPU with bitsandbytes {done.bitsandbytes.iloc[0]}"
     text += f", up to batch {batches.max():,.0f}" if len(batches) else ""
-    return Verdict(FAILS, f"{text}; the paper had 0.43 or later, on another card")
+    theirs = f"the paper had {facts.paper['bitsandbytes']}, on an {facts.paper['device']}"
+    return Verdict(FAILS, f"{text}; {theirs}")
 
 
 def int8_is_fp8(facts):

@@ -40,7 +40,7 @@ from helpers.fidelity.texts import (
     windows,
 )
 from helpers.params import Configuration, Full, Study
-from helpers.setup import models
+from helpers.setup import methods, models
 from helpers.setup.device import free
 
 GROUPS = ("story", "answers")
@@ -64,11 +64,13 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
     texts, left_out = encode(dialogues, full.tokenizer, token_limit(full.model))
     check_head(full.model, texts[0])
     itself, dtype = configuration.quantization.method == "none", full.info["dtype"]
-    file = getattr(study.fidelity, "text", None)
+    file = study.fidelity.text
     parts = or_reason(windows, file, full.tokenizer, token_limit(full.model)) if file else []
     some = parts[: WINDOWS[full.info["device"]]] if isinstance(parts, list) else []
     before = reference(study, full, texts, "dialogues")
-    before_some = reference(study, full, some, "text") if some else []
+    before_some = or_reason(reference, study, full, some, "text") if some else []
+    if isinstance(before_some, dict):
+        parts, some = before_some, []
     model, head, own = full.model, full.model.get_output_embeddings(), None
     floor = or_reason(noise_floor, model, texts, before, study.seed) if itself else None
     if not itself:
@@ -110,7 +112,10 @@ def or_reason(part, *arguments, **named):
 
 def full_precision(configuration: Configuration) -> Configuration:
     """The same configuration without quantization: same dtype, so that only the weights differ."""
-    return configuration.model_copy(update={"configuration": "full", "quantization": Full(method="none")})
+    dtype = configuration.dtype if configuration.dtype != "auto" else None
+    dtype = dtype or methods.kernel_dtype(configuration.quantization) or "auto"
+    changed = {"configuration": "full", "quantization": Full(method="none"), "dtype": dtype}
+    return configuration.model_copy(update=changed)
 
 
 def fits_beside(model) -> bool:

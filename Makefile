@@ -40,7 +40,7 @@ endif
 PROCESSES ?= $(or $(call key,processes),$(if $(wildcard /dev/nvidia[0-9]* /dev/dxg),3,1))
 # RESULTS=executed/reference/MACHINE/STUDY renders report and figures from a committed run.
 ifneq ($(call not_names,$(subst /,,$(RESULTS)))$(findstring ..,$(RESULTS))$(word 2,$(RESULTS)),)
-$(error RESULTS='$(RESULTS)' is not a folder of results: give one under executed/, such as executed/reference/h100/smollm2-135m)
+$(error RESULTS='$(RESULTS)' is not a folder of results: give one under executed/, such as executed/reference/hopper/smollm2-135m)
 endif
 OUT := $(or $(RESULTS),executed/$(STUDY))
 MEASURED = $(sort $(notdir $(filter-out %.failed.ipynb,$(wildcard $(OUT)/*/02_benchmark*.ipynb))))

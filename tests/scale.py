@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "executed/reference"
-ACCURACY, HARDWARE = REFERENCE / "h100/smollm2-135m", REFERENCE / "h100/llama-3.2-1b-random"
+ACCURACY, HARDWARE = REFERENCE / "hopper/smollm2-135m", REFERENCE / "hopper/llama-3.2-1b-random"
 CONFIGURATIONS, MODELS, PROCESSES, GPUS = 70, 40, 3, 8
 
 

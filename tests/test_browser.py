@@ -18,7 +18,7 @@ from playwright.sync_api import Error, sync_playwright
 from helpers import ROOT, notebook
 from helpers.analysis import frames, samples
 
-REFERENCE = "executed/reference/h100/smollm2-135m"
+REFERENCE = "executed/reference/hopper/smollm2-135m"
 LARGEST = 6e6  # bytes of the report
 FILTER_MS = 300
 SETTINGS = [(width, scheme) for width in (390, 768, 1280) for scheme in ("light", "dark")]

@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT
 from tests.faults import inject, run
 
-REFERENCE = ROOT / "executed/reference/h100/llama-3.2-1b-random"
+REFERENCE = ROOT / "executed/reference/hopper/llama-3.2-1b-random"
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from helpers import ROOT, StudyError, params, results, schema_fidelity
 from helpers.analysis import contrasts, durations, frames, other_models, plots, sentences, style, tables
 from helpers.benchmark import capacity
 
-REFERENCE = "executed/reference/h100/smollm2-135m"
-HARDWARE = "executed/reference/h100/llama-3.2-1b-random"
+REFERENCE = "executed/reference/hopper/smollm2-135m"
+HARDWARE = "executed/reference/hopper/llama-3.2-1b-random"
 FIRST_ROUND = "executed/reference/schema1/smollm2-135m"  # hardware alone, schema 1, GPTQ and AWQ unpacked
 
 

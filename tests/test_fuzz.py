@@ -111,7 +111,7 @@ def test_dialogues(tmp_path_factory, data, which, name):
         assert questions and len(questions) == len(dialogue["answers"]["input_text"])
 
 
-RESULTS = sorted((ROOT / "executed/reference/h100/llama-3.2-1b-random").glob("**/*.json"))[:2]
+RESULTS = sorted((ROOT / "executed/reference/hopper/llama-3.2-1b-random").glob("**/*.json"))[:2]
 
 
 @fuzzed

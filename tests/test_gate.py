@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT, StudyError
 from helpers.analysis import compare, frames, gate, samples
 
-REFERENCE = "executed/reference/h100/smollm2-135m"
+REFERENCE = "executed/reference/hopper/smollm2-135m"
 
 
 @pytest.fixture(scope="module")

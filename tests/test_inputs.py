@@ -248,7 +248,7 @@ BASE = "study: one\ntitle: <b>One</b>\nmodel: {source: package, name: smollm2-13
         ("statistics: {margin: 1.0e-2}", "statistics.margin", 0.01),
         ("statistics: {resamples: 10_000}", "statistics.resamples", 10_000),
         ("data: null", "sources", []),
-        ("folder: executed/reference/h100/one", "folder", "executed/reference/h100/one"),
+        ("folder: executed/reference/hopper/one", "folder", "executed/reference/hopper/one"),
         ("evaluation: {samples_text: false}", "evaluation.samples_text", False),
     ],
 )

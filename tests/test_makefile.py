@@ -199,12 +199,12 @@ def test_a_parameter_file_with_another_name_is_refused_and_never_run(tree, make,
 
 
 def test_clean_deletes_what_a_run_wrote_and_nothing_else(tree, make):
-    kept = [tree / name for name in ("executed/reference/h100/setup.json", "executed/other/setup.json",
+    kept = [tree / name for name in ("executed/reference/hopper/setup.json", "executed/other/setup.json",
                                      "executed/small/my notes.md")]  # fmt: skip
     for path in kept:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
-    assert make("clean", "RESULTS=executed/reference/h100").returncode != 0
+    assert make("clean", "RESULTS=executed/reference/hopper").returncode != 0
     assert make("clean", "STUDY=other").returncode != 0  # it has no params/other/study.yaml
     assert (tree / "executed/small/nf4/evaluation.json").exists()
     done = make("clean")

@@ -25,13 +25,13 @@ def test_no_result_is_typed_outside_the_rendered_part():
 
 
 def test_a_dash_for_decode_has_its_reason():
-    hardware = frames.load("executed/reference/h100/llama-3.2-1b-random")
+    hardware = frames.load("executed/reference/hopper/llama-3.2-1b-random")
     assert readme.reasons(hardware, "int8", "cuda_graph")[0].startswith("LLM.int8() cannot be graph-captured")
     assert readme.reasons(hardware, "int8", "eager") == []
 
 
 def test_seeds_of_one_format_are_not_counted_as_formats():
-    f = frames.load("executed/reference/h100/smollm2-135m-calibration")
+    f = frames.load("executed/reference/hopper/smollm2-135m-calibration")
     rows = contrasts.table(f)
     assert "Safest of 2 formats" in " ".join(sentences.abstract(f, rows, rows, f.ratios(), params.read_paper()))
 

@@ -1,6 +1,6 @@
 """Does a finding survive on other models, data sets and machines? One page over several studies.
 
-    python -m helpers.analysis.compare smollm2-135m executed/reference/h100/smollm2-135m    -> executed/compare.html
+    python -m helpers.analysis.compare smollm2-135m executed/reference/hopper/smollm2-135m    -> executed/compare.html
 
 Per contrast that studies name in advance, every study's difference with its own report's interval, and over studies the
 random-effects mean, Cochran's Q and I2 (helpers.analysis.recovery.pooled, by statsmodels).

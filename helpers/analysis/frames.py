@@ -1,7 +1,7 @@
 """Result files as tidy pandas tables: the one way to a number of a study.
 
     f = frames.load("smollm2-135m")                             # a study under executed/
-    f = frames.load("executed/reference/h100/smollm2-135m")     # or a folder of results
+    f = frames.load("executed/reference/hopper/smollm2-135m")     # or a folder of results
     f.samples.groupby("configuration").f1.mean()
 
 Notebooks 04 to 06, claims, sentences and plots read these tables and nothing else. Nothing here imports torch. What was

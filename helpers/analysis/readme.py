@@ -77,7 +77,7 @@ def rendered(text: str) -> str:
     """README.md's text with its findings rendered again. Raises StudyError if the marks are gone."""
     if any(text.count(mark) != 1 for mark in MARKS):
         raise StudyError(f"README.md: the lines {MARKS[0]!r} and {MARKS[1]!r} must each stand there once")
-    wide, own, hardware, other = (frames.load(f"executed/reference/h100/{name}") for name in STUDIES)
+    wide, own, hardware, other = (frames.load(f"executed/reference/hopper/{name}") for name in STUDIES)
     paper, rows, others = params.read_paper(), contrasts.table(wide), contrasts.table(other)
     # Of a claim that several studies measured the largest one's verdict counts.
     facts, shape, largest = (evidence.facts(f, paper) for f in (own, hardware, wide))

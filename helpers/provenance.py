@@ -94,7 +94,9 @@ def provenance(study: Study, configuration: Configuration | None) -> dict:
 
 
 def _driver() -> str | None:
-    done = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    )
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True)
+    except OSError:  # a container may have CUDA without it
+        return None
     return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None

@@ -15,9 +15,7 @@ from helpers import statistics
 MIN_BEYOND = 40  # values beyond a quantile; with fewer, the interval covers 92% instead of 95% (bench_statistics)
 
 
-def quantiles(
-    values, clusters, probabilities, weights=None, *, confidence: float, resamples: int, seed: int
-) -> list[dict]:
+def quantiles(values, clusters, probabilities, *, confidence: float, resamples: int, seed: int) -> list[dict]:
     """Quantiles of clustered values: a row per probability with quantile, ci_low, ci_high, reason.
 
     The interval of the share of values beyond the quantile, read back through the ordered values (Woodruff, JASA 47,
@@ -26,15 +24,13 @@ def quantiles(
     None.
     """
     v = statistics.number_array(values, "values")
-    order = np.argsort(v, kind="stable")
-    w = np.ones(v.size) if weights is None else np.asarray(weights, dtype=float)
-    ordered, reached = v[order], np.cumsum(w[order]) / w.sum()
+    ordered, reached = np.sort(v, kind="stable"), np.arange(1, v.size + 1) / v.size
 
     def at(share: float) -> float:
         return float(ordered[min(np.searchsorted(reached, share * (1 - statistics.SLACK)), v.size - 1)])
 
     found = [at(p) for p in probabilities]
-    sums, sizes = statistics.totals(np.stack([v <= q for q in found], axis=1).astype(float), clusters, weights)
+    sums, sizes = statistics.totals(np.stack([v <= q for q in found], axis=1).astype(float), clusters)
     groups, rows = len(sums), []
     for k, (p, q) in enumerate(zip(probabilities, found)):
         beyond = sizes[:, 0] - sums[:, k]
@@ -45,17 +41,17 @@ def quantiles(
             )
         low, high = None, None
         if not reason:
-            ends = _share_limits(beyond[:, None], sizes, 1 - p, (w**2).sum() / w.sum() ** 2, confidence)
+            ends = _share_limits(beyond[:, None], sizes, 1 - p, confidence)
             low, high = at(1 - ends[1]), at(1 - ends[0]) if 1 - ends[0] < reached[-2] else None
         rows.append({"probability": p, "quantile": q, "ci_low": low, "ci_high": high, "reason": reason})
     return rows
 
 
-def _share_limits(sums, sizes, share: float, concentration: float, confidence: float) -> tuple[float, float]:
-    """Limits of a clustered share. concentration: 1 / n for n values of equal weight."""
+def _share_limits(sums, sizes, share: float, confidence: float) -> tuple[float, float]:
+    """Limits of a clustered share."""
     groups, clustered = len(sums), float(statistics.standard_error(sums, sizes)[0])
-    independent = np.sqrt(share * (1 - share) * concentration)
+    independent = np.sqrt(share * (1 - share) / sizes.sum())
     shorter = stats.norm.ppf((1 + confidence) / 2) / stats.t.ppf((1 + confidence) / 2, groups - 1)
-    n = shorter**2 / concentration / max(1.0, (clustered / independent) ** 2)
+    n = shorter**2 * sizes.sum() / max(1.0, (clustered / independent) ** 2)
     tail = (1 - confidence) / 2
     return stats.beta.ppf(tail, share * n, n - share * n + 1), stats.beta.isf(tail, share * n + 1, n - share * n)

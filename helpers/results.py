@@ -49,6 +49,22 @@ class Result(BaseModel):
     sha256: str | None = None  # of all the other keys; schema 1 had none
 
 
+def first_line(error: Exception) -> str:
+    """An error's class and the first line of what it says."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+def or_reason(part, *arguments, **named):
+    """What an optional part returns, or why it could not be done: {"reason": one sentence}."""
+    try:
+        return part(*arguments, **named)
+    except StudyError as error:
+        return {"reason": str(error)}
+    except Exception as error:  # an optional part never takes with it what is already computed
+        return {"reason": clean(first_line(error))}
+
+
 def clean(text: str) -> str:
     """Text without tokens, passwords in URLs, and paths of this machine."""
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_***", text)

@@ -7,22 +7,22 @@ Nothing here imports torch: the analysis reads these models on any machine.
 
 from typing import Literal
 
-from helpers.schema_base import Data
+from helpers.schema_base import Data, Exact
 from helpers.schema_benchmark import Benchmark
 from helpers.schema_fidelity import Fidelity, Weights
 
 Kind = Literal["setup", "evaluation", "benchmark", "fidelity", "weights"]
 
 
-class Setup(Data):
-    weights: dict  # source, name, folder's files with sha256 and bytes, parameters
+class Setup(Exact):
+    weights: dict  # source, folder's files with sha256 and bytes, parameters
     # dialogues, questions, data_sets (a row per domain: name, source, revision, licence, domain, dialogues, questions,
     # story_words_mean); None for a hardware study
     data: dict | None
     environment: dict  # what 00_setup showed: device, dtype and its reason
 
 
-class Evaluation(Data):
+class Evaluation(Exact):
     tasks: dict  # task -> metric -> value, and "samples": its file name
     files: dict  # file name -> {"lines", "sha256"}
     questions: int  # in coqa_turns
@@ -31,7 +31,6 @@ class Evaluation(Data):
     engine: dict  # hf-dialogue's timings and counts
     floor: dict | None = None  # full precision on a GPU: what the batch alone changes (evaluate.run.floor)
     loading: dict  # models.load's info
-    process_peak_mb: float  # highest resident memory of the process, MiB
 
 
 DATA: dict[str, type[Data]] = {

@@ -229,6 +229,8 @@ def compare(
     rows = []
     for k, (a, b) in enumerate(pairs):
         reason = why_no_interval(groups, np.count_nonzero(sums[:, k]), "differ")
+        if enough and not reason and not all(np.isfinite(values[k]) for values in own.values()):
+            reason = "no interval: the dialogues are of too unequal length"
         rows.append(
             {"a": a, "b": b, "n_questions": n, "n_dialogues": groups}
             | {f"mean_{side}": float(np.average(arrays[x], weights=weights)) for side, x in (("a", a), ("b", b))}
@@ -296,19 +298,19 @@ def log_ppl_ratio(nll_a, nll_b, tokens, clusters, *, confidence: float, resample
     return row | {key: math.exp(row[of]) for key, of in named.items()}
 
 
-def interval(values, clusters, weights=None, *, confidence: float, resamples: int, seed: int) -> dict:
+def interval(values, clusters, *, confidence: float, resamples: int, seed: int) -> dict:
     """One configuration's mean: n_questions, n_dialogues, mean, standard_error (clustered), question_error (as if
     questions were independent), design_effect (the square of their ratio), ci_low, ci_high, reason."""
     v = number_array(values, "values")
-    sums, sizes = totals(v[:, None], clusters, weights)
+    sums, sizes = totals(v[:, None], clusters)
     groups, reason = len(sums), why_no_interval(len(sums), np.count_nonzero(sums), "are not zero")
-    w = np.ones(v.size) if weights is None else np.asarray(weights, dtype=float)
     mine, question, low, high = None, None, None, None
     if groups > 1:
-        mine, question = (float(standard_error(*p)[0]) for p in ((sums, sizes), ((w * v)[:, None], w[:, None])))
+        each = v[:, None], np.ones((v.size, 1))
+        mine, question = (float(standard_error(*p)[0]) for p in ((sums, sizes), each))
     if not reason:
         counts = resample_counts(groups, resamples, seed)
         low, high = bootstrap_limits(sums, sizes, counts, confidence, skewed=True)[:, 0].tolist()
-    row = {"n_questions": v.size, "n_dialogues": groups, "mean": float(np.average(v, weights=w))}
+    row = {"n_questions": v.size, "n_dialogues": groups, "mean": float(v.mean())}
     row |= {"standard_error": mine, "question_error": question, "ci_low": low, "ci_high": high, "reason": reason}
     return row | {"design_effect": (mine / question) ** 2 if question else None}

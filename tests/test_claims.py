@@ -6,7 +6,7 @@ import pytest
 
 from helpers import StudyError, params, statistics
 from helpers.analysis import accuracy_claims, claims, durations, evidence, hardware_claims
-from helpers.analysis.evidence import BATCH, BUDGET, COUNTED, FAILS, HOLDS, LENGTH, MODE, OPEN
+from helpers.analysis.evidence import BATCH, BUDGET, COUNTED, DIRECTION, FAILS, HOLDS, LENGTH, MODE, OPEN, PARTLY
 from helpers.analysis.frames import Frames
 
 PAPER = params.read_paper()
@@ -28,7 +28,7 @@ def spec() -> dict:
             "eager": {1: (10.0, 15.0), 4: (11.0, 17.0), 8: (12.0, 20.0)},
             "cuda_graph": {1: (5.0, 9.9), 4: (5.5, 11.4), 8: (6.0, 14.0)},
         },
-        "rates": {4: (700.0, 900.0)},  # tokens per second of the largest batch by budget
+        "rates": {4: (0.0, 900.0)},  # tokens per second of the largest batch by budget; 0: it does not fit
         "sizes": {"fp16": (2357.13, 2358.13), "nf4": (965.13, 965.2), "fp4": (965.13, 965.2)},
         "tensors": {},
         "errors": {"nf4": 0.0080, "lloyd_max": 0.00795, "gaussian_lloyd_max": 0.00800, "int8": 0.0001},
@@ -37,6 +37,7 @@ def spec() -> dict:
         "levels": np.linspace(-1, 1, 16).tolist(),
         "perturbed": [(-0.02, -0.01, 0.01, 0.03)] * 3,  # ln ratio low, high, F1 low, high
         "int8": ("failed", "Error at line 380 in file /src/csrc/ops.cu", "NVIDIA A100"),
+        "limit": (0, 0),  # exit codes of a layer on either side of 2^31 elements
     }
 
 
@@ -115,6 +116,9 @@ def frames(made: dict) -> Frames:
         ),
         "noise": pd.DataFrame(noise),
         "runs": pd.DataFrame([run]),
+        "int8_limit": pd.DataFrame(
+            {"rows": [262_080, 262_144], "columns": 8192, "exit_code": made["limit"], "last_line": ["", "line 421"]}
+        ),
         "weights": {"weights": {"codebooks": {"fp4": {"levels": made["levels"]}}}} if made["levels"] else {},
     }
     return Frames(**({field: pd.DataFrame() for field in Frames._fields} | given))
@@ -127,7 +131,7 @@ def judged(made: dict, designs: list | None = None) -> pd.DataFrame:
 def test_a_study_in_which_the_paper_is_right():
     rows = judged(spec())
     assert rows.verdict.to_dict() == dict.fromkeys(claims.CLAIMS, HOLDS)
-    assert rows.evidence.all() and set(rows.kind[rows.about == "library"]) == {"confirmed for the library as used here"}
+    assert rows.evidence.all() and set(rows.kind[rows.about == "library"]) == {"checked on the library as used here"}
     assert (
         rows["size"]["nf4_beats_full"] == rows.direction["fp4_below_full"] == rows.equality["nf4_matches_full"] == HOLDS
     )
@@ -160,17 +164,18 @@ def error(**values) -> dict:
 FLIPS = [
     # direction, and the reported size: better, but not by five points; by far more than five
     ("nf4_beats_full", gains(-0.05, -0.1), FAILS),
-    ("nf4_beats_full", gains(0.01, -0.04), FAILS),
-    ("nf4_beats_full", gains(0.25, -0.04), FAILS),
+    ("nf4_beats_full", gains(0.01, -0.04), DIRECTION),
+    ("nf4_beats_full", gains(0.25, -0.04), DIRECTION),
     ("nf4_beats_full", gains(0.0, -0.04), FAILS),  # equal within the margin
-    ("nf4_beats_full", gains(0.065, -0.04), OPEN),  # better, but is it by about five points?
+    ("nf4_beats_full", gains(0.065, -0.04), DIRECTION),  # better, but is it by about five points?
+    ("nf4_beats_full", gains(0.058, -0.04), DIRECTION),  # in the band of 50 questions, and five points are ruled out
     ("nf4_beats_full", gains(0.051, -0.04, noise=0.6, dialogues=60), OPEN),
     ("nf4_beats_full", gains(0.051, -0.038, every={"fp16": 0, "nf4": -0.05, "fp4": -0.1}), HOLDS),  # last turns decide
     ("nf4_matches_full", gains(-0.05, -0.1), FAILS),
     ("nf4_matches_full", gains(-0.003, -0.1), HOLDS),  # a loss within the margin counts as none
     ("nf4_matches_full", gains(-0.012, -0.1, noise=0.2), OPEN),
     ("fp4_below_nf4", gains(0.051, 0.051), FAILS),
-    ("fp4_below_nf4", gains(0.051, 0.04), FAILS),  # below, but not by nine points
+    ("fp4_below_nf4", gains(0.051, 0.03), DIRECTION),  # below, but not by nine points
     ("fp4_below_nf4", gains(0.051, -0.038, noise=0.6, dialogues=60), OPEN),
     ("fp4_below_full", gains(0.051, 0.03), FAILS),
     ("fp4_below_full", gains(0.051, -0.002), FAILS),  # equal
@@ -205,12 +210,12 @@ FLIPS = [
     ("throughput_lower", {"processes": 1}, OPEN),
     ("dequantization_is_the_cause", graph(b1=(5.0, 5.1), b4=(5.5, 5.6), b8=(6.0, 6.1)), FAILS),
     ("dequantization_is_the_cause", graph(b1=(5.0, 5.1)), BATCH),
+    ("dequantization_is_the_cause", graph(b1=(5.0, 5.4), b4=(5.5, 5.9), b8=(6.0, 6.5)), MODE),  # slower there too
     ("dequantization_is_the_cause", eager(b1=(10, 10), b4=(11, 11), b8=(12, 12)), OPEN),
     ("dequantization_is_the_cause", {"processes": 2}, OPEN),
-    ("batch_recovers", {"rates": {4: (700.0, 500.0)}}, FAILS),
-    ("batch_recovers", {"rates": {4: (700.0, 900.0), 8: (900.0, 700.0)}}, BUDGET),
-    ("batch_recovers", {"rates": {4: (0.0, 900.0)}}, HOLDS),  # full precision does not fit
-    ("batch_recovers", {"rates": {4: (700.0, 900.0)}, "processes": 2}, OPEN),
+    ("batch_recovers", {"rates": {4: (700.0, 0.0)}}, FAILS),
+    ("batch_recovers", {"rates": {4: (0.0, 900.0), 8: (900.0, 0.0)}}, BUDGET),
+    ("batch_recovers", {"rates": {4: (700.0, 900.0)}}, OPEN),  # both fit: one process times them
     ("batch_recovers", {"rates": {}}, OPEN),
     ("fp4_is_uniform", {"levels": [-1, -0.5, -0.25, -0.0, 0.0, 0.25, 0.5, 1]}, FAILS),
     ("fp4_is_uniform", {"levels": None}, OPEN),
@@ -220,12 +225,15 @@ FLIPS = [
     ("weights_are_normal", {"distances": [0.001] * 7 + [0.01] * 3}, OPEN),
     ("weights_are_normal", {"distances": [0.001] * 9 + [0.01]}, HOLDS),
     ("weights_are_normal", {"distances": []}, OPEN),
+    ("weights_are_normal", {"distances": [0.01] * 10, "study": "smollm2-135m"}, OPEN),  # weights from a 4-bit file
     ("noise_helps", {"perturbed": [(0.05, 0.1, -0.03, -0.01)]}, FAILS),
     ("noise_helps", {"perturbed": [(0.05, 0.1, -0.03, 0.03)]}, FAILS),
     ("noise_helps", {"perturbed": [(0.05, 0.1, 0.01, 0.03)]}, OPEN),  # perplexity and F1 disagree
     ("noise_helps", {"perturbed": [(-0.02, -0.01, 0.01, 0.03), (-0.1, 0.1, -0.03, 0.03)]}, OPEN),  # one seed of two
     ("noise_helps", {"perturbed": []}, OPEN),
     ("int8_cannot_run", {"int8": ("ok", None, "NVIDIA A100")}, FAILS),
+    ("int8_cannot_run", {"int8": ("ok", None, "NVIDIA A100"), "limit": (0, 1)}, PARTLY),  # beyond 2^31 elements
+    ("int8_cannot_run", {"int8": ("ok", None, "NVIDIA A100"), "limit": (0, 0)}, FAILS),
     ("int8_cannot_run", {"int8": ("ok", None, None)}, OPEN),  # a CPU: not the kernel in question
     ("int8_cannot_run", {"int8": ("failed", "out of memory", "NVIDIA A100")}, OPEN),
     ("int8_is_fp8", {"dtype": "int8"}, FAILS),

@@ -9,7 +9,6 @@ from scipy.special import log_softmax, rel_entr
 
 from helpers import StudyError, params, results
 from helpers.fidelity import compare, formats, perturb, texts
-from helpers.fidelity.compare import or_reason
 from helpers.schema import DATA
 from helpers.setup import coqa, models
 from helpers.setup.layers import linear_layers
@@ -301,11 +300,11 @@ def test_a_window_begins_with_the_tokenizers_first_token(tmp_path):
 
 def test_text_files_that_cannot_be_read_are_reasons(load, tmp_path):
     tokenizer = load("fp16").tokenizer
-    assert "no file missing.txt" in or_reason(texts.windows, "missing.txt", tokenizer)["reason"]
+    assert "no file missing.txt" in results.or_reason(texts.windows, "missing.txt", tokenizer)["reason"]
     (tmp_path / "short").write_text("a few words")
-    assert "at least 1024" in or_reason(texts.windows, str(tmp_path / "short"), tokenizer)["reason"]
+    assert "at least 1024" in results.or_reason(texts.windows, str(tmp_path / "short"), tokenizer)["reason"]
     (tmp_path / "latin").write_bytes(b"caf\xe9 " * 2000)
-    assert "not UTF-8" in or_reason(texts.windows, str(tmp_path / "latin"), tokenizer)["reason"]
+    assert "not UTF-8" in results.or_reason(texts.windows, str(tmp_path / "latin"), tokenizer)["reason"]
 
 
 def test_a_text_file_in_the_result(run, tmp_path, monkeypatch):
@@ -335,7 +334,7 @@ def test_what_conv1d_layers_do_not_allow_has_a_reason(gpt2):
         lambda: formats.analyse(gpt2, [64]),
         lambda: perturb.noise(gpt2, [text], [0], OPTIONS),
     ):
-        assert "GPT2LMHeadModel has no" in or_reason(part)["reason"]
+        assert "GPT2LMHeadModel has no" in results.or_reason(part)["reason"]
     assert texts.nll_sums(gpt2, [text])[0][1] == 19
     floor = compare.noise_floor(gpt2, [text], texts.hidden_states(gpt2, [text]), 0)
     assert [row["kind"] for row in floor] == ["batch shape", "weight rounding"] and floor[1]["kl"] > 0
@@ -363,7 +362,7 @@ def test_the_error_of_conv1d_layers_is_that_of_their_linear_image(gpt2, study):
 
 def test_awq_has_no_error_of_its_own(load, study):
     awq, model = params.read_configuration(study.study, "awq"), load("fp16").model
-    assert "not comparable" in or_reason(formats.own_error, model, model, awq)["reason"]
+    assert "not comparable" in results.or_reason(formats.own_error, model, model, awq)["reason"]
     assert linear_layers(model)
 
 
@@ -371,5 +370,5 @@ def test_a_part_that_raises_is_a_reason():
     def fails():
         raise RuntimeError("CUDA out of memory\nmore")
 
-    assert or_reason(fails) == {"reason": "RuntimeError: CUDA out of memory"}
-    assert or_reason(lambda: {"a": 1}) == {"a": 1}
+    assert results.or_reason(fails) == {"reason": "RuntimeError: CUDA out of memory"}
+    assert results.or_reason(lambda: {"a": 1}) == {"a": 1}

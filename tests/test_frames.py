@@ -146,8 +146,8 @@ def test_three_processes_decide_and_two_do_not():
 def test_the_first_figure_shows_cuda_graphs_rather_than_eager_mode():
     f = frames.load(HARDWARE)
     ratios = f.ratios()
-    assert contrasts.fastest_mode(f, ratios) == "cuda_graph"
-    assert contrasts.fastest_mode(f, ratios[ratios["mode"] != "cuda_graph"]) == "eager"
+    assert contrasts.steadiest_mode(ratios) == "cuda_graph"
+    assert contrasts.steadiest_mode(ratios[ratios["mode"] != "cuda_graph"]) == "eager"
 
 
 def test_a_format_that_wants_to_be_compiled_is_named():
@@ -195,7 +195,7 @@ def test_too_few_dialogues_give_tables_that_figures_can_draw_and_the_reason(refe
     plt.close(figure)
     assert rows.low.isna().all() and set(rows.verdict) == {"n too small to say"}
     said = sentences.abstract(f, rows, rows, f.ratios(), params.read_paper())
-    assert "what it costs, these answers cannot say: no interval: 4 dialogues are fewer than 10." in said[0]
+    assert "What it costs, these answers cannot say: no interval: 4 dialogues are fewer than 10." in said[0]
 
 
 def test_no_torch_is_loaded():
@@ -252,20 +252,20 @@ def test_the_opposite_finding_gives_the_opposite_sentences(reference, all_turns,
     )
     paper = {"study": "x", "model": "y", "questions": 50, "configurations": {}}
     said = " ".join(sentences.abstract(f, rows, contrasts.table(f, last_turns=True), f.ratios(), paper))
-    assert "Should I use NF4? Yes: it even scores higher" in said and "FP4 scores below NF4" in said
+    assert "Should I use NF4? On this model yes: it even scores higher" in said and "FP4 scores below NF4" in said
     paper["questions"], said = 50, " ".join(sentences.abstract(reference, all_turns, all_turns, f.ratios(), paper))
-    assert "Should I use NF4? Not where accuracy counts" in said and "It keeps 74%" in said
+    assert "Should I use NF4? On this model not where accuracy counts" in said and "It keeps 74%" in said
 
 
 @pytest.mark.parametrize(
     ("verdict", "low", "answer"),
     [
-        ("below", -0.09, "Not where accuracy counts."),
-        ("below", -0.01, "Yes: it loses less than 1.5 F1 points."),  # clear, and too small to matter
-        ("equal within 1.5 points", -0.016, "Yes: it loses less than 1.5 F1 points."),
-        ("above", 0.01, "Yes: it even scores higher here."),
+        ("below", -0.09, "On this model not where accuracy counts."),
+        ("below", -0.01, "On this model yes: it loses less than 1.5 F1 points."),  # clear, and too small to matter
+        ("equal within 1.5 points", -0.016, "On this model yes: it loses less than 1.5 F1 points."),
+        ("above", 0.01, "On this model yes: it even scores higher."),
         ("n too small to say", -0.09, "n is too small to say what it costs."),
-        (None, np.nan, "It runs in 42% of FP16's memory; what it costs, these answers cannot say: no interval."),
+        (None, np.nan, "What it costs, these answers cannot say: no interval. Its weights take 42% of FP16's memory."),
     ],
 )
 def test_the_answer_follows_the_verdict_and_what_it_may_cost(reference, all_turns, verdict, low, answer):

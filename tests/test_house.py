@@ -28,6 +28,12 @@ def test_files_and_lines_are_short(path):
     assert not [number for number, line in enumerate(lines, 1) if len(line) > 120]
 
 
+def test_lines_of_make_and_shell_are_short():
+    others = [ROOT / "Makefile", *ROOT.glob("params/*.mk"), *ROOT.glob("tests/**/*.sh"), *ROOT.glob(".ci/*")]
+    rows = [(p.name, n, line) for p in others for n, line in enumerate(p.read_text().splitlines(), 1)]
+    assert len(others) > 4 and not [row for row in rows if len(row[2]) > 120]
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(path):
     imported = set(re.findall(r"(?:from|import) helpers\.(\w+)", path.read_text()))

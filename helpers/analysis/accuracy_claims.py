@@ -1,9 +1,10 @@
 """Claims about accuracy, judged on last turns, the paper's estimand; all turns and exact match are told beside it.
 
-Direction: statistics.verdict, adjusted over the primary contrasts. Size: the interval lies in a band around the
-reported value as wide as the paper's own sampling error (its 50 questions, this study's spread per question); in
+Direction: statistics.verdict, adjusted over the primary contrasts. Size: the interval holds the reported value and lies
+in a band around it as wide as the paper's own sampling error (its 50 questions, this study's spread per question); in
 recovery where the model is another one, for five points of 62 are not five of 24. Equality: within statistics.margin,
-adjusted as well. A claim that has two parts holds if both do.
+adjusted as well. A claim that has two parts holds if both do, and "in direction"
+if that part alone does.
 """
 
 import math
@@ -27,10 +28,10 @@ def _no_loss(row, margin: float) -> str:
 
 
 def _within(low: float, high: float, reported: float, half: float) -> str:
-    """An interval and the band of `half` on either side of the reported value."""
+    """An interval, the reported value, and a band of `half` on either side of it."""
     if low > reported + half or high < reported - half:
         return FAILS
-    return HOLDS if low >= reported - half and high <= reported + half else OPEN
+    return HOLDS if reported - half <= low <= reported <= high <= reported + half else OPEN
 
 
 def _size(facts: Facts, row) -> tuple[str, str]:
@@ -80,7 +81,7 @@ def _accuracy(facts: Facts, a: str, b: str, rule, sized: bool = False, part: str
             texts.append(f"{what}: {missing}")
     if beside[0] != main:
         texts.append(f"all turns alone: {beside[0]}" if main == OPEN else f"last turns: {main}, all turns: {beside[0]}")
-    verdict = all_of([main, size] if sized else [main])
+    verdict = evidence.DIRECTION if main == HOLDS and size in (OPEN, FAILS) else all_of([main, size or HOLDS])
     return Verdict(verdict, "; ".join(texts), size=size, all_turns=beside[0], em=beside[1], **{part: main})
 
 

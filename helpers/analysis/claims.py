@@ -10,8 +10,8 @@ is missing gives "cannot be decided" and says what was not measured.
 import pandas as pd
 
 from helpers import StudyError
-from helpers.analysis import accuracy_claims, contrasts, hardware_claims, weight_claims
-from helpers.analysis.evidence import FAILS, HOLDS, OPEN, Facts, NotMeasured, Verdict
+from helpers.analysis import accuracy_claims, contrasts, hardware_claims, sentences, weight_claims
+from helpers.analysis.evidence import OPEN, Facts, NotMeasured, Verdict
 
 CLAIMS = {
     name: rule
@@ -21,14 +21,16 @@ CLAIMS = {
 }
 
 
-def kind(facts: Facts, about: str, verdict: str, measured: bool) -> str:
+def kind(facts: Facts, about: str, measured: bool) -> str:
     """What a verdict is worth against the paper: claims of different kinds are counted apart."""
     if not measured:
         return "not testable here"
     if about == "library":
-        return {HOLDS: "confirmed", FAILS: "refuted"}.get(verdict, "open") + " for the library as used here"
+        return "checked on the library as used here"
     if about == "hardware":
-        return f"tested on {'the same architecture' if facts.same_architecture else 'another model'} and another card"
+        cards = facts.f.runs[facts.f.runs.kind == "benchmark"].gpu.dropna().unique()
+        card = "the paper's card" if list(cards) == [facts.paper["device"]] else "another card"
+        return f"tested on {'the same architecture' if facts.same_architecture else 'another model'} and {card}"
     return "tested on the paper's model" if facts.same_model else "tested on another model and data"
 
 
@@ -44,7 +46,7 @@ def scope(facts: Facts, about: str) -> str | None:
     if about != "hardware" and f.study.model.already_quantized:
         parts.append(f"full precision was quantized before ({f.study.model.already_quantized})")
     if about == "accuracy":
-        sets = ["this project's dialogues" if name == "embedded" else name for name in f.samples.data_set.unique()]
+        sets = [sentences.data_set(name) for name in f.samples.data_set.unique()]
         other = "" if any("coqa" in name.lower() for name in sets) else ", not CoQA"
         parts.append(f"last turns of {', '.join(sets)}{other}")
     if about == "hardware":
@@ -82,6 +84,6 @@ def judged(facts: Facts) -> pd.DataFrame:
             found, measured = Verdict(OPEN, str(missing)), False
         row = {key: entry[key] for key in ("id", "section", "about", "claim")} | found._asdict()
         row |= {"reported": entry["reported"].format(**numbers).replace("-", "\N{MINUS SIGN}")}
-        row |= {"kind": kind(facts, entry["about"], found.verdict, measured)}
+        row |= {"kind": kind(facts, entry["about"], measured)}
         rows.append(row | {"scope": scope(facts, entry["about"]) if measured else None})
     return pd.DataFrame(rows)

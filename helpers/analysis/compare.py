@@ -131,7 +131,7 @@ def hardware(studies: dict[str, Frames]) -> list[dict]:
     rows = []
     for study, f in studies.items():
         ratios = f.ratios()
-        mode = contrasts.fastest_mode(f, ratios)
+        mode = contrasts.steadiest_mode(ratios)
         memory = f.sizes.allocated / f.sizes.allocated.get(f.full, np.nan)
         table = contrasts.at(ratios, "decode", batch=1, mode=mode).reindex(
             f.configurations.index[~f.configurations.full]

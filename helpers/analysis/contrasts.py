@@ -1,6 +1,6 @@
 """Paired comparisons of a study's configurations, as tables.
 
-The primary contrasts are named in advance: every format vs full precision, and FP4 vs NF4. They are adjusted together
+The primary contrasts are fixed by rule: every format vs full precision, and FP4 vs NF4. They are adjusted together
 (statistics.max_t). All other pairs are exploratory and stand alone. Shares are in [0, 1] unless said otherwise.
 """
 
@@ -79,11 +79,15 @@ def means(f: Frames, metric: str, last_turns: bool = False) -> pd.DataFrame:
 MEAN = "mean ci_low ci_high standard_error design_effect"
 
 
-def groups(f: Frames, column: str) -> pd.DataFrame:
-    """F1 lost per group of questions, vs full precision: group, questions, dialogues, full (its F1), and per format
-    its difference, low, high, error. `column`: domain, data_set, or turn (in threes)."""
+def groups(f: Frames, column: str, pairs: list | None = None) -> pd.DataFrame:
+    """F1 lost per group of questions, each format (configuration, b) vs full precision or in the given pairs (a, b):
+    group, questions, dialogues, full (a's F1), difference, low, high, error. `column`: domain, data_set, or turn (in
+    threes)."""
     rows = f.samples
-    if f.full not in set(rows.configuration):
+    if pairs is None:
+        known = set(rows.configuration) if len(rows) else set()
+        pairs = [(f.full, name) for name in f.configurations.index if name in known - {f.full} and f.full in known]
+    if not pairs:
         return pd.DataFrame()
     values = rows[column]
     if column == "turn":
@@ -94,7 +98,6 @@ def groups(f: Frames, column: str) -> pd.DataFrame:
     kept |= {"dialogues": "n_dialogues", "configuration": "b", "difference": "difference", "reason": "reason"}
     for group, part in rows.groupby(values, observed=True):
         wide = part.pivot(index=KEYS, columns="configuration", values="f1")
-        pairs = [(f.full, name) for name in f.configurations.index if name in wide and name != f.full]
         for row in statistics.compare(wide, clusters(wide), pairs, **options(f)):
             found.append({"group": group} | {key: row[of] for key, of in kept.items()})
     return pd.DataFrame(found)
@@ -114,7 +117,7 @@ def pooled(f: Frames, rows: pd.DataFrame) -> pd.DataFrame:
 
 def perplexities(f: Frames, pairs: list | None = None) -> pd.DataFrame:
     """ln perplexity, b minus a, paired by dialogue, each vs full precision in its own dtype, adjusted over the pairs:
-    statistics.compare's columns, low, high, verdict. pairs: those named in advance, else neighbours, best first."""
+    statistics.compare's columns, low, high, verdict. pairs: the given ones, else neighbours, best first."""
     if f.dialogues.empty:
         return pd.DataFrame()
     excess = f.dialogues.assign(value=(f.dialogues.nll - f.dialogues.nll_full) / f.dialogues.tokens)
@@ -135,8 +138,8 @@ def measured_size(f: Frames) -> str:
     return "allocated" if f.sizes.allocated.notna().any() else "checkpoint"
 
 
-def fastest_mode(f: Frames, ratios: pd.DataFrame) -> str:
-    """The fastest mode that most formats ran: a CUDA graph repeats between processes, eager and compiled do less."""
+def steadiest_mode(ratios: pd.DataFrame) -> str:
+    """The mode that repeats best between processes: a CUDA graph where any format ran in one, else eager."""
     return "cuda_graph" if (ratios["mode"] == "cuda_graph").any() else "eager"
 
 

@@ -9,6 +9,7 @@ from helpers.analysis import contrasts
 from helpers.analysis.frames import Frames
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be decided"
+PARTLY, DIRECTION = "holds in part", "holds in direction alone"
 BATCH, BUDGET, MODE = "depends on the batch", "depends on the budget", "depends on the mode"
 LENGTH, COUNTED = "depends on the prompt length", "depends on what is counted"
 SAME_SIZE = 0.01  # share: less is the allocator's rounding

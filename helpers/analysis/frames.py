@@ -12,12 +12,13 @@ sees (`NF4`).
 configurations  index: configuration, in the order of every table and figure, full precision first. label, method,
                 dtype (of compute), full (is full precision), packed (the device holds the format's own bits),
                 same_kernels (unpacked when loaded: it runs full precision's kernels, so its times are full
-                precision's), kernel, quantized_share and bits_per_weight (of the linear layers), evaluation,
-                benchmark, fidelity (ok, failed, skipped or None), reason
+                precision's), kernel, quantized_share and bits_per_weight (of the linear layers), group_size (weights
+                that share a scale, where a parameter says so), evaluation, benchmark, fidelity (ok, failed, skipped or
+                None), reason
 samples         a row per configuration and question that all configurations answered: data_set, dialogue, turn,
                 last_turn, domain, question, references, prediction (what the metric reads; its hash in results
                 without texts), f1, em (both 0 to 1), right (em of at least one half), answer_tokens, hit_limit,
-                truncated, kl (mean over the reference answer's tokens, nats)
+                kl (mean over the reference answer's tokens, nats)
 scores          lm-eval's own aggregates: configuration, task, metric, value, stderr, questions
 times           configuration, process, phase (prefill, decode, first token), mode (eager, cuda_graph, compile),
                 batch, tokens (prompt or context), ms (median of one prefill, or per output token), q25, q75, n,
@@ -30,8 +31,11 @@ largest         configuration, process, budget_gib, mode, batch (0: none fits; N
 energy          configuration, process, mode, batch, seconds, joules_per_token, watts
 profile         configuration, process, mode, batch, what, ms (per step), share, kernels, gb_per_second
 agreement       configuration, process, mode, tokens, identical (greedy tokens equal to eager's)
+int8_limit      configuration, process, rows, columns, exit_code, last_line: an LLM.int8() layer on either side of 2^31
+                elements, a child process each (benchmark.int8_limit)
 tokens          configuration, group (all, story, answers), tokens, ppl_full, ppl, ln_ratio, ln_low, ln_high, p, kl,
-                kl_low, kl_high, kl_median, kl_p99, kl_max, agreement (most likely token equal to full precision's)
+                kl_low, kl_high, kl_median, kl_p99, kl_max, agreement (most likely token equal to full precision's),
+                baseline (dtype of full precision there: this configuration's)
 texts           configuration, file (fidelity.text names it), windows, tokens, ppl_full, ppl, ln_ratio, ln_low, ln_high,
                 kl, reason
 confidence      configuration, low, high (full precision's largest probability), tokens, kl, agreement
@@ -39,8 +43,8 @@ floor           kind (batch shape, or weight rounding), detail, kl, kl_median, k
                 precision vs itself, what no format can be told from
 dialogues       configuration, data_set, dialogue, tokens, nll_full, nll, kl (sums in nats)
 formats         index: format. relative_squared_error, sqnr_db, dtype: each format on full precision's weights, and
-                each quantized configuration's own (comparable: False where its method moves scales into neighbouring
-                layers)
+                each quantized configuration's own (comparable: False where there is no error, or where its method moves
+                scales into neighbouring layers); reason
 layers          layer, weights, ks_distance (from Gaussian)
 block_sizes     format, block_size, bits_per_weight, relative_squared_error, ppl, ln_ratio (NF4 and FP4)
 noise           kind (nf4; block: noise matched to it), seed, relative_squared_error, ln_ratio, ln_low, ln_high,
@@ -72,8 +76,8 @@ MODES = {"eager": "eager", "cuda_graph": "CUDA graph", "compile": "compiled"}
 KEYS = ["data_set", "dialogue", "turn"]
 
 
-FIELDS = """study folder full configurations samples scores times sizes largest energy profile agreement tokens texts
-confidence floor dialogues formats layers block_sizes noise hardware runs weights engine"""
+FIELDS = """study folder full configurations samples scores times sizes largest energy profile agreement int8_limit
+tokens texts confidence floor dialogues formats layers block_sizes noise hardware runs weights engine"""
 
 
 class Frames(namedtuple("Frames", FIELDS)):
@@ -85,13 +89,11 @@ class Frames(namedtuple("Frames", FIELDS)):
         labels = self.configurations.label
         return labels[configuration] if configuration in labels else WORDS.get(configuration, configuration.upper())
 
-    def wide(self, metric: str, last_turns: bool = False, data_set: str | None = None) -> pd.DataFrame:
+    def wide(self, metric: str, last_turns: bool = False) -> pd.DataFrame:
         """Questions (index: data_set, dialogue, turn) by configuration, of one column of `samples`."""
         rows = self.samples
         if last_turns:
             rows = rows[rows.last_turn]
-        if data_set is not None:
-            rows = rows[rows.data_set == data_set]
         if rows.empty:
             return pd.DataFrame()
         table = rows.pivot(index=KEYS, columns="configuration", values=metric)
@@ -149,7 +151,7 @@ def load(where: Study | str | Path) -> Frames:
     unpacked = configurations.index[configurations.same_kernels]
     built = {k: rows[~rows.configuration.isin(unpacked)].reset_index(drop=True) for k, rows in built.items()}
     # Only a search that saw a single row fail has shown that none fits.
-    lost = (built["largest"].batch == 0) & (built["largest"].fails_at.astype(float) > 1)
+    lost = (built["largest"].batch == 0) & (built["largest"].fails_at.astype(float) != 1)
     built["largest"].loc[lost, ["batch", "tokens_per_second"]] = np.nan
     sizes = tables.sizes(data["benchmark"], checkpoints)  # of what is unpacked only the file is the format's own
     sizes.loc[sizes.index.isin(unpacked), sizes.columns != "checkpoint"] = np.nan
@@ -181,7 +183,7 @@ def _study(where: str) -> Study:
     if "/" not in where:
         return params.read_study(where)
     for source in sorted(folder.glob("*/*.json")) + sorted(folder.glob("*.json")):
-        if source.stem.partition("_")[0] in (*KINDS, "setup", "weights") and source.stem != "bench_eval":
+        if source.stem.partition("_")[0] in (*KINDS, "setup", "weights"):
             given = results.read(source).provenance["study"]
             known = {key: value for key, value in given.items() if key in Study.model_fields}
             inside = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
@@ -201,6 +203,7 @@ def _configurations(finished: dict, data: dict) -> tuple[pd.DataFrame, dict]:
         label = FULL_LABELS.get(info.get("dtype"), origin.get("label")) if full else origin.get("label", name)
         rows[name] = {"label": label, "method": method, "full": full}
         rows[name] |= tables.pick(info, "dtype packed kernel quantized_share bits_per_weight")
+        rows[name] |= {"group_size": origin.get("quantization", {}).get("group_size")}
         rows[name] |= {"same_kernels": not full and info.get("packed") is False}
         rows[name] |= {kind: parts[kind].status if kind in parts else None for kind in KINDS}
         rows[name] |= {"reason": next((r.reason for r in parts.values() if r.status != "ok"), None)}
@@ -231,7 +234,7 @@ def _samples(study: Study, evaluations: dict, fidelity: dict) -> pd.DataFrame:
                 "right": row["em"] >= statistics.RIGHT,
                 "kl": kl.get((dialogue, turn), np.nan),
             }
-            rows.append(where | tables.pick(row, "f1 em answer_tokens hit_limit truncated") | said)
+            rows.append(where | tables.pick(row, "f1 em answer_tokens hit_limit") | said)
     if not rows:
         return pd.DataFrame(columns=["configuration", *KEYS, *SAMPLE.split()])
     found = pd.DataFrame(rows)
@@ -243,7 +246,7 @@ def _samples(study: Study, evaluations: dict, fidelity: dict) -> pd.DataFrame:
     return common
 
 
-SAMPLE = "last_turn domain question references prediction f1 em right answer_tokens hit_limit truncated kl"
+SAMPLE = "last_turn domain question references prediction f1 em right answer_tokens hit_limit kl"
 
 
 def _runs(study: Study, finished: dict, processes: list) -> pd.DataFrame:

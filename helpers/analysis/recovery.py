@@ -16,13 +16,13 @@ from helpers.analysis import power
 MIN_RATIO = 3  # standard errors between a denominator and zero; nearer, a ratio of means has no useful interval
 
 
-def recovery(values_a, values_b, clusters, weights=None, *, confidence: float, resamples: int, seed: int) -> dict:
+def recovery(values_a, values_b, clusters, *, confidence: float, resamples: int, seed: int) -> dict:
     """Mean of b over mean of a, per cent: recovery, ci_low, ci_high, equal_low, equal_high (level 2 * confidence -
     1), n_questions, n_dialogues, reason. Undefined (None) where a's mean is within MIN_RATIO standard errors of
     0."""
     a = statistics.number_array(values_a, "values_a")
     both = np.stack([a, statistics.number_array(values_b, "values_b", a.size)], axis=1)
-    sums, sizes = statistics.totals(both, clusters, weights)
+    sums, sizes = statistics.totals(both, clusters)
     groups = len(sums)
     row = dict.fromkeys(("recovery", "ci_low", "ci_high", "equal_low", "equal_high"))
     row |= {"n_questions": a.size, "n_dialogues": groups}

@@ -77,7 +77,7 @@ def collect(f: Frames, texts: dict | None = None) -> dict:
     names = list(columns["f1"])
     one = f.samples[f.samples.configuration == names[0]].set_index(KEYS)
     if one.question.isna().all():  # results without texts: two answers are the same, or they are not
-        columns["prediction"] = columns["prediction"].map(lambda answer: f"not kept, hash {str(answer)[:8]}")
+        columns["prediction"] = columns["prediction"].map(lambda answer: f"#{str(answer)[:6]}")
     first = one.groupby(level=["data_set", "dialogue"], sort=False).domain.first()
     place = {key: i for i, key in enumerate(first.index)}
     dialogues = [

@@ -11,7 +11,7 @@ from helpers.analysis.evidence import FAILS, HOLDS, OPEN
 from helpers.analysis.frames import MODES, Frames
 from helpers.analysis.style import interval, number, percent, points, times
 
-ANSWERS = {"below": "Not where accuracy counts.", "above": "Yes: it even scores higher here."}
+ANSWERS = {"below": "On this model not where accuracy counts.", "above": "On this model yes: it even scores higher."}
 SMALL_SHARE = 0.9  # of the linear weights: quantizing less than this is worth a warning
 
 
@@ -23,18 +23,23 @@ def listed(names) -> str:
 
 def device(f: Frames) -> str:
     """The hardware of the benchmarks, or of whatever was run."""
-    gpus, cpu = f.runs.gpu.dropna().unique(), f.runs.iloc[0]
+    runs = f.runs[f.runs.kind == "benchmark"] if (f.runs.kind == "benchmark").any() else f.runs
+    gpus, cpu = runs.gpu.dropna().unique(), runs.iloc[0]
     return listed(gpus) if len(gpus) else f"{cpu.processor}, {cpu.cores} cores"
+
+
+def data_set(name: str) -> str:
+    return "this project's dialogues" if name == "embedded" else name
 
 
 def recovered(rate: float, low: float, high: float) -> str:
     return f"{number(rate, 0)}% {interval(low, high, lambda v: number(v, 0))}".strip()
 
 
-def differs(f: Frames, row, metric: str = "F1") -> str:
+def differs(f: Frames, row) -> str:
     """One contrast: 'NF4 scores below FP16: −6.1 F1 points [−9.5, −2.8].'"""
     a, b = f.label(row.a), f.label(row.b)
-    value = f"{points(row.difference)} {metric} points {interval(row.low, row.high)}".strip()
+    value = f"{points(row.difference)} F1 points {interval(row.low, row.high)}".strip()
     if row.reason:
         return f"{b} vs {a}: {value}; {row.reason}."
     if row.verdict in ("above", "below"):
@@ -42,7 +47,7 @@ def differs(f: Frames, row, metric: str = "F1") -> str:
     if row.verdict.startswith("equal"):
         return f"{b} is {row.verdict} of {a}: {value}."
     power = f"; 80% power for {points(row.detectable, False)} points" if pd.notna(row.detectable) else ""
-    return f"{metric} does not separate {b} from {a}: {value}{power}."
+    return f"F1 does not separate {b} from {a}: {value}{power}."
 
 
 def caveats(f: Frames, paper: dict) -> list[str]:
@@ -58,10 +63,17 @@ def caveats(f: Frames, paper: dict) -> list[str]:
     for status, word in (("skipped", "not run"), ("failed", "failed")):
         odd = f.runs[f.runs.status == status].drop_duplicates(["configuration", "reason"])
         for reason, rows in odd.groupby("reason", sort=False):
-            who = listed(dict.fromkeys(f.label(name) if name else "the study" for name in rows.configuration))
-            said.append(f"{who}: {word}: {reason.rstrip('.')}.")
+            who = dict.fromkeys(f.label(name) if isinstance(name, str) else "the study" for name in rows.configuration)
+            said.append(f"{listed(who)}: {word}: {reason.rstrip('.')}.")
     for name, row in names[~names.full & (names.quantized_share.astype(float) < SMALL_SHARE)].iterrows():
         said.append(f"{f.label(name)} quantized only {percent(row.quantized_share)} of the linear weights.")
+    asked = f.engine.questions
+    if len(f.samples) and asked.nunique() > 1:
+        few = asked[asked == asked.min()].index
+        said.append(
+            f"{listed(map(f.label, few))} answered {asked.min():,.0f} questions, others up to {asked.max():,.0f}: only "
+            "what all answered is compared."
+        )
     parts = {"accuracy": f.samples, "fidelity": f.tokens, "memory and times": f.times, "weights": f.formats}
     if missing := [name for name, table in parts.items() if table.empty]:
         said.append(f"Not measured in this study, so empty below: {', '.join(missing)}.")
@@ -79,11 +91,11 @@ def counts(f: Frames) -> str:
 
 
 def smaller(f: Frames, name: str) -> str:
-    """ " in 42% of the memory", of the file where no memory was measured."""
+    """ " Its weights take 42% of FP16's memory.", of the file where no memory was measured."""
     which = contrasts.measured_size(f)
     share = f.sizes[which].get(name, np.nan) / f.sizes[which].get(f.full, np.nan)
-    what = "memory" if which == "allocated" else "file size"
-    return "" if pd.isna(share) else f" in {percent(share, 0)} of {f.label(f.full)}'s {what}"
+    takes, what = ("weights take", "memory") if which == "allocated" else ("file takes", "size on disk")
+    return "" if pd.isna(share) else f" Its {takes} {percent(share, 0)} of {f.label(f.full)}'s {what}."
 
 
 def abstract(f: Frames, all_turns, last_turns, ratios, paper: dict) -> list[str]:
@@ -97,29 +109,48 @@ def abstract(f: Frames, all_turns, last_turns, ratios, paper: dict) -> list[str]
         loss = points(max(0.0, -bounds[best]), False)
         formats = f.configurations.label[bounds.index].str.split(", seed ").str[0].nunique()
         said.append(
-            f"Safest of {formats} formats: {f.label(best)}, at most {loss} F1 points lost (simultaneous "
-            f"{f.study.statistics.confidence:.0%} bound){smaller(f, best)}."
+            f"Smallest bound on the loss, of {formats} formats: {f.label(best)}, at most {loss} F1 points "
+            f"(simultaneous, {f.study.statistics.confidence:.0%}).{smaller(f, best)}"
         )
     pair = all_turns[(all_turns.a == "nf4") & (all_turns.b == "fp4")]
-    said += [differs(f, row) for _, row in pair.iterrows()]
+    said += [differs(f, row) + by_data_set(f, row) for _, row in pair.iterrows()]
     said += by_chance(f, mine, contrasts.vs_full(f, last_turns))
     return said + ([counts(f)] if len(f.samples) else [])
 
 
 def nf4(f: Frames, mine: pd.DataFrame, full: str) -> str:
     """What NF4 costs, after the answer that follows from it."""
+    size, run = smaller(f, "nf4"), f.configurations.loc["nf4"]
+    if "ok" not in (run.evaluation, run.benchmark, run.fidelity):
+        return f"It was not measured here: {run.reason}."
     if "nf4" not in mine.index:
-        return f"It runs{smaller(f, 'nf4')}; what it does to answers was not measured here."
+        return f"What it does to answers was not measured here.{size}"
     row = mine.loc["nf4"]
     if pd.isna(row.low):
-        return f"It runs{smaller(f, 'nf4')}; what it costs, these answers cannot say: {row.reason or 'no interval'}."
+        return f"What it costs, these answers cannot say: {row.reason or 'no interval'}.{size}"
     margin = contrasts.margin(f)
     answer = ANSWERS.get(row.verdict, "n is too small to say what it costs.")
     if row.verdict.startswith("equal") or (row.verdict == "below" and row.low > -margin):
-        answer = f"Yes: it loses less than {100 * margin:g} F1 points."
+        answer = f"On this model yes: it loses less than {100 * margin:g} F1 points."
     keeps = recovered(row.recovery, row.recovery_low, row.recovery_high)
     value = f"{points(row.difference)} points {interval(row.low, row.high)}"
-    return f"{answer} It keeps {keeps} of {full}'s F1 ({value}){smaller(f, 'nf4')}."
+    return f"{answer} It keeps {keeps} of {full}'s F1 ({value}).{size}"
+
+
+def by_data_set(f: Frames, row) -> str:
+    """ " By data set: fairytaleqa −2.4 [−5.3, +0.4], ...", of one contrast; nothing for one data set."""
+    rows = contrasts.groups(f, "data_set", [(row.a, row.b)])
+    if len(rows) < 2:
+        return ""
+    parts = [f"{data_set(r.group)} {points(r.difference)} {interval(r.low, r.high)}".strip() for r in rows.itertuples()]
+    return f" By data set, each by itself: {', '.join(parts)}."
+
+
+def widened(f: Frames) -> list[str]:
+    """Formats that are widened before every multiplication: their times are not of arithmetic in so few bits."""
+    kernels = f.configurations.kernel.dropna()
+    found = kernels[kernels.str.contains("dequantized") & f.configurations.packed.eq(True)]
+    return [f"{f.label(name)} here: {kernel}." for name, kernel in found.items()]
 
 
 def by_chance(f: Frames, mine: pd.DataFrame, last: pd.DataFrame) -> list[str]:
@@ -139,7 +170,7 @@ def by_chance(f: Frames, mine: pd.DataFrame, last: pd.DataFrame) -> list[str]:
 
 def speed(f: Frames, ratios: pd.DataFrame) -> str:
     """Decode with NF4 in the mode that repeats best, at the smallest and the largest batch."""
-    mode = contrasts.fastest_mode(f, ratios)
+    mode = contrasts.steadiest_mode(ratios)
     rows = ratios[(ratios.configuration == "nf4") & (ratios["mode"] == mode)]
     rows = contrasts.at(rows, "decode", "batch").reset_index()
     if rows.empty:

@@ -11,6 +11,7 @@ LISTS = {  # table -> where its rows are in a benchmark, what is renamed, its co
     "energy": ("energy.rows", {"watts": "mean_watts"}, "mode batch seconds joules_per_token watts"),
     "profile": ("profile", {"ms": "ms_per_step"}, "mode batch what ms share kernels gb_per_second"),
     "agreement": ("agreement", {}, "mode tokens identical"),
+    "int8_limit": ("int8_limit.runs", {}, "rows columns exit_code last_line"),
 }
 TIME = "configuration process phase mode batch tokens ms q25 q75 n tokens_per_second limit_ms gb_per_second"
 TOKEN = "tokens ppl_full ppl ln_ratio ln_low ln_high p kl kl_low kl_high kl_median kl_p99 kl_max"
@@ -93,12 +94,13 @@ def tokens(fidelity: dict) -> pd.DataFrame:
         for group, ppl in data["perplexity"].items():
             kl = data["kl"] if group == "all" else data["kl"]["by_group"].get(group, {})
             row = {"configuration": name, "group": group} | pick(ppl, TOKEN, PERPLEXITY)
+            row |= {"baseline": dig(data, "baseline.dtype")}
             row |= {f"kl_{key}": kl.get(key) for key in ("median", "p99", "max")} | {"kl": kl.get("mean")}
             row |= {f"kl_{side}": dig(kl, f"intervals.mean.ci_{side}") for side in ("low", "high")}
             if group == "all":
                 row |= {"agreement": data["agreement"]}
             rows.append(row)
-    return table(rows, f"configuration group {TOKEN} agreement")
+    return table(rows, f"configuration group {TOKEN} agreement baseline")
 
 
 def texts(fidelity: dict) -> pd.DataFrame:
@@ -143,7 +145,7 @@ def formats(weights: dict, fidelity: dict) -> pd.DataFrame:
         row = (dig(data, "weights.formats") or {}).get(name)
         if row and name not in rows:
             rows[name] = row | {"comparable": name != "awq" and row.get("relative_squared_error") is not None}
-    columns = ["relative_squared_error", "sqnr_db", "dtype", "comparable"]
+    columns = ["relative_squared_error", "sqnr_db", "dtype", "comparable", "reason"]
     return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
 
 

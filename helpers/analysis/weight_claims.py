@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from helpers.analysis.evidence import FAILS, HOLDS, OPEN, Facts, NotMeasured, Verdict
+from helpers.analysis.evidence import FAILS, HOLDS, OPEN, PARTLY, Facts, NotMeasured, Verdict
 from helpers.analysis.style import number, percent, points, times
 from helpers.analysis.tables import dig
 
@@ -78,7 +78,10 @@ def weights_are_normal(facts):
         text += f"; 16 levels made for a normal distribution cost {percent(gaussian / best - 1, signed=True)} error"
     except NotMeasured as missing:
         text += f"; {missing}"
-    return Verdict(FAILS if off > 0.5 else HOLDS if off <= 2 * (1 - confidence) else OPEN, text)
+    verdict = FAILS if off > 0.5 else HOLDS if off <= 2 * (1 - confidence) else OPEN
+    if (before := facts.f.study.model.already_quantized) and verdict == FAILS:
+        verdict, text = OPEN, f"weights read from a file of few values ({before}) cannot be normal; {text}"
+    return Verdict(verdict, text)
 
 
 def int8_cannot_run(facts):
@@ -97,7 +100,14 @@ def int8_cannot_run(facts):
     text = f"it ran here on a GPU with bitsandbytes {done.bitsandbytes.iloc[0]}"
     text += f", up to batch {batches.max():,.0f}" if len(batches) else ""
     theirs = f"the paper had {facts.paper['bitsandbytes']}, on an {facts.paper['device']}"
-    return Verdict(FAILS, f"{text}; {theirs}")
+    tried = facts.f.int8_limit
+    crash, well = tried[tried.exit_code.fillna(0) != 0], tried[tried.exit_code == 0]
+    if crash.empty:
+        return Verdict(FAILS, f"{text}; {theirs}")
+    most, worked = (" x ".join(f"{n:,.0f}" for n in part[["rows", "columns"]].max()) for part in (crash, well))
+    said = str(crash.last_line.iloc[0]).strip().rstrip(".")
+    text += f"; the crash is real: one layer's output of {most} (2^31 elements) ends the process ({said})"
+    return Verdict(PARTLY, f"{text}, of {worked} it does not; {theirs}")
 
 
 def int8_is_fp8(facts):

@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 import torch
 
+from helpers import results
 from helpers.benchmark import decoder, timing
-from helpers.benchmark.generation import decoder_samples, first_line, prompt
+from helpers.benchmark.generation import decoder_samples, prompt
 from helpers.setup.device import reset_peak
 
 # Prompts prefilled; their rows are repeated to the batch, for prefill in one go needs more room than decode.
@@ -150,7 +151,7 @@ def largest_batches(
     try:
         peaks = tuple(_peak_bytes(model, sizes, rows, seed, modes[0]) for rows in CALIBRATION_ROWS)
     except Exception as error:  # another architecture's own code raises any class
-        return [], f"decoding over a static cache failed: {first_line(error)}"
+        return [], f"decoding over a static cache failed: {results.first_line(error)}"
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     rows = []
     for budget in budgets_gib:
@@ -164,7 +165,7 @@ def largest_batches(
                 predicted = batch_that_fits(budget * 2**30, CALIBRATION_ROWS, peaks)
                 row = _largest(model, sizes, budget, predicted, seed, modes, deadline)
             except Exception as error:
-                row["reason"] = first_line(error)
+                row["reason"] = results.first_line(error)
         rows.append(row)
         progress(f"largest batch in {budget} GiB: {row['batch']}, {row['tokens_per_second'] or 0:.0f} tokens/s")
     return rows, None

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from helpers.setup.device import capture_stream, kv_cache_bytes_per_token
-from helpers.setup.layers import int8_threshold
+from helpers.setup.layers import end_tokens, uncapturable
 
 ATTENTION = "static_decode"
 # Up to so many rows, compiled attention is written as products and sums, which fuse, and not as SDPA.
@@ -159,12 +159,8 @@ def obstacle(model, mode: str) -> str | None:
         return None
     if _device_type(model) != "cuda":
         return f"{mode}: a CUDA graph needs a GPU, and there is none here"
-    threshold = int8_threshold(model)
-    if threshold:
-        return (
-            f"{mode}: LLM.int8() cannot be graph-captured: at threshold {threshold} every layer synchronizes with "
-            "the host (at threshold 0 none does)"
-        )
+    if reason := uncapturable(model):
+        return f"{mode}: {reason}"
     backbone = model.base_model
     if mode == "compile" and not all(hasattr(backbone, part) for part in ("layers", "norm", "rotary_emb")):
         return f"compile: {type(backbone).__name__} has no layers, norm and rotary_emb of the usual names"
@@ -179,11 +175,6 @@ def refuse(model, mode: str) -> None:
 
 def _device_type(model) -> str:
     return next(model.parameters()).device.type
-
-
-def eos_ids(model) -> list[int]:
-    found = model.generation_config.eos_token_id
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 class Decoder:
@@ -211,7 +202,7 @@ class Decoder:
         self.position = torch.zeros(1, dtype=torch.int64, device=prompt.device)
         # Additive, one place opened a step: cheaper than building a mask each time.
         self.mask = torch.zeros(1, 1, 1, self.length, dtype=model.dtype, device=prompt.device)
-        self.suppressed = torch.tensor(eos_ids(model), dtype=torch.int64, device=prompt.device)
+        self.suppressed = torch.tensor(sorted(end_tokens(model)), dtype=torch.int64, device=prompt.device)
         self.cache = self._prefill(prompt)
         self.ids = self.first.clone()
         self.replaced = []

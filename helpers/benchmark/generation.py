@@ -16,11 +16,6 @@ SAMPLE_SECONDS = {"cpu": 0.25, "cuda": 0.4}
 LEAST_TOKENS = 5
 
 
-def first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
-
-
 def prompt(model, batch: int, tokens: int, seed: int) -> torch.Tensor:
     """Random token ids, int64 [batch, tokens], the same for the same seed on every device."""
     generator = torch.Generator().manual_seed(seed)

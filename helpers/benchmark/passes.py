@@ -24,8 +24,9 @@ from typing import NamedTuple
 
 import torch
 
+from helpers import results
 from helpers.benchmark import conditions, decoder, roofline, timing
-from helpers.benchmark.generation import agreement, decoder_samples, eager_samples, first_line, generate, prompt
+from helpers.benchmark.generation import agreement, decoder_samples, eager_samples, generate, prompt
 from helpers.setup import integrity, models
 from helpers.setup.device import MB, device_and_dtype, free, kv_cache_bytes_per_token, peak_mb, reset_peak
 from helpers.setup.layers import checkpoint_bytes, linear_layers, stored_bytes
@@ -82,7 +83,7 @@ def attempt(found: dict, what: str):
     try:
         yield
     except Exception as error:  # models' own code raises any class
-        reason = str(error) if isinstance(error, NotImplementedError) else first_line(error)
+        reason = str(error) if isinstance(error, NotImplementedError) else results.first_line(error)
         found["left_out"].append({"what": what, "reason": reason})
         free()
 
@@ -304,9 +305,10 @@ def _decoder_cell(bench: Bench, mode: str, batch: int, context: int, found: dict
         _add_row(bench, mode, batch, context, samples, tokens, found)
         found["decode"][-1]["build_seconds"] = running.build_seconds
         first = (batch, context) == cells(bench)[0]
-        # Energy in the fastest mode alone, at one row and at most rows.
+        # Energy in the last mode that the model can do, at one row and at most rows.
         able = [m for m in sizes.modes if decoder.obstacle(model, m) is None]
-        if mode == able[-1] and (first or batch == max(sizes.batch_sizes)):
+        most = batch == max(sizes.batch_sizes) and context == sizes.prompt_tokens
+        if mode == able[-1] and (first or most):
 
             def run() -> None:
                 running.reset()

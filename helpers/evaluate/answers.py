@@ -18,6 +18,7 @@ from helpers.evaluate.prefixes import Group, group_by_prefix
 from helpers.evaluate.requests import Request, guess
 from helpers.evaluate.slots import PackedSlots, Row, Slots
 from helpers.evaluate.static_slots import OutOfColumns, StaticSlots
+from helpers.setup.layers import end_tokens
 
 
 def answer(lm, requests: list[Request], done: Callable[[Request], None]) -> None:
@@ -161,9 +162,3 @@ class Round:
                     self.active[slot] = kept
                 else:
                     del self.active[slot]
-
-
-def end_tokens(model) -> set[int]:
-    """What `generate` itself stops at."""
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return set(found) if isinstance(found, (list, tuple)) else {found} - {None}

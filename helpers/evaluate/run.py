@@ -1,16 +1,15 @@
 """One configuration's answers: lm-eval over every turn of every dialogue, and over any further tasks of lm-eval's.
 
-    found = evaluation.evaluate(study, configuration, loaded)
-    evaluation.save(study, configuration, found)
+    found = run.evaluate(study, loaded)
+    run.save(study, configuration, loaded, found)
 
 The stock `coqa` score is the last-turn subset of the same samples; it is reported beside the score of all turns.
 """
 
 import hashlib
-import sys
+import math
 import time
 
-import psutil
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
@@ -23,6 +22,7 @@ from helpers.statistics import RIGHT
 TASKS = ROOT / "helpers" / "tasks"
 DIALOGUES = "coqa_turns"
 LAST_TURNS = "coqa_last_turns"
+PARTS = ("results", "samples", "configs", "versions", "n-shot", "higher_is_better")
 
 
 def model(study: Study, loaded: Loaded) -> HFDialogue:
@@ -36,18 +36,22 @@ def model(study: Study, loaded: Loaded) -> HFDialogue:
     return HFDialogue(pretrained=loaded.model, tokenizer=loaded.tokenizer, answer_line=True, **batch)
 
 
-def evaluate(study: Study, loaded: Loaded, lm: HFDialogue | None = None) -> dict:
+def evaluate(study: Study, loaded: Loaded) -> dict:
     """Put every question to the model. Returns lm-eval's results with `samples`, `seconds` (without loading)
-    and `engine` (hf-dialogue's report on the dialogues, and under `tasks` on all further tasks).
+    and `engine` (hf-dialogue's report on the dialogues, and under `tasks` on all further tasks: of one that fails,
+    its reason).
 
-    Raises StudyError if a further task's name is unknown to lm-eval.
+    Raises StudyError if a further task's name is unknown to lm-eval, before anything is asked.
     """
-    lm = lm or model(study, loaded)
+    lm = model(study, loaded)
     metadata = {"sources": [data.model_dump() for data in study.sources]}
     paths = [str(TASKS), *filter(None, [study.evaluation.include_path])]
     manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
     if set(study.evaluation.tasks) - set(manager.all_tasks):  # lm-eval's own are 10,000 files to look through
         manager = TaskManager(include_path=paths, metadata=metadata)
+    if unknown := [name for name in study.evaluation.tasks if name not in set(manager.all_tasks)]:
+        remedy = "`python -m lm_eval ls tasks` lists them"
+        raise StudyError(f"evaluation.tasks: lm-eval has no task '{unknown[0]}'; {remedy}")
     common = {
         "model": lm,
         "task_manager": manager,
@@ -60,20 +64,13 @@ def evaluate(study: Study, loaded: Loaded, lm: HFDialogue | None = None) -> dict
     found = simple_evaluate(tasks=[DIALOGUES], gen_kwargs={"max_gen_toks": study.evaluation.max_gen_toks}, **common)
     seconds, engine = time.perf_counter() - start, lm.report()
     if study.evaluation.tasks:
-        known = set(manager.all_tasks)
-        for name in study.evaluation.tasks:
-            if name not in known:
-                raise StudyError(
-                    f"evaluation.tasks: lm-eval has no task '{name}'; `python -m lm_eval ls tasks` lists them"
-                )
         lm.reset_report()
         lm.answer_line = False  # their metrics may read beyond the first line
-        more = simple_evaluate(
-            tasks=study.evaluation.tasks, limit=study.evaluation.limit, **(common | {"metadata": None})
-        )
-        for part in ("results", "samples", "configs", "versions", "n-shot", "higher_is_better"):
+        options = common | {"metadata": None, "limit": study.evaluation.limit}
+        more = results.or_reason(simple_evaluate, tasks=study.evaluation.tasks, **options)
+        for part in PARTS if "results" in more else ():
             found[part] |= more[part]
-        engine["tasks"] = lm.report()
+        engine["tasks"] = lm.report() | {key: more[key] for key in ("reason",) if key in more}
     return found | {"seconds": seconds, "engine": engine}
 
 
@@ -130,8 +127,15 @@ def mean(samples: list[dict], metric: str) -> float:
 
 
 def _scores(values: dict) -> dict:
-    """lm-eval's `f1,none` and `f1_stderr,none` as f1 and f1_stderr; what is not a number (an alias, N/A) left out."""
-    return {key.split(",")[0]: value for key, value in values.items() if isinstance(value, (int, float)) and "," in key}
+    """lm-eval's `f1,none` and `f1_stderr,none` as f1 and f1_stderr; what is no finite number (an alias, N/A) left
+    out."""
+    finite = {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    return {key.split(",")[0]: value for key, value in finite.items() if "," in key}
+
+
+def _finite(value):
+    """JSON has no NaN: its name stands there instead."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save(study: Study, configuration: Configuration, loaded: Loaded, found: dict) -> results.Result:
@@ -150,7 +154,8 @@ def save(study: Study, configuration: Configuration, loaded: Loaded, found: dict
         "questions": len(last),
         "of": DIALOGUES,
     }
-    kept = {k: found[k] for k in ("results", "configs", "versions", "n-shot", "higher_is_better")}
+    kept = {k: found[k] for k in PARTS if k != "samples"}
+    kept["results"] = {name: {k: _finite(v) for k, v in row.items()} for name, row in kept["results"].items()}
     results.write_json(folder / "lm_eval.json", kept, paths=False)  # lm-eval notes where a task's file lies
     data = {
         "tasks": tasks,
@@ -161,16 +166,5 @@ def save(study: Study, configuration: Configuration, loaded: Loaded, found: dict
         "engine": found["engine"],
         "floor": found.get("floor"),
         "loading": loaded.info,
-        "process_peak_mb": peak_mb(),
     }
     return results.write(study, configuration, "evaluation", data)
-
-
-def peak_mb() -> float:
-    """Highest resident memory of this process so far, in MiB."""
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 2**20
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -6,10 +6,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from helpers import results
 from helpers.evaluate.attention import dot_product
 from helpers.evaluate.prefixes import Group
 from helpers.evaluate.slots import COLUMN_MULTIPLE, Place, Row, Slots, round_up
 from helpers.setup.device import capture_stream
+from helpers.setup.layers import uncapturable
 
 COLUMN_BUCKET = 512
 LANES = 16  # of a slot at least: what its rows leave free is for their guesses
@@ -22,14 +24,6 @@ WARM: WeakKeyDictionary = WeakKeyDictionary()
 
 class OutOfColumns(Exception):
     """The buffers can't take another token; `StaticSlots.repack` makes room."""
-
-
-def uncapturable(model) -> str | None:
-    """Why a decode step can't be a CUDA graph, or None."""
-    for name, module in model.named_modules():
-        if getattr(getattr(module, "state", None), "threshold", 0.0) > 0.0:
-            return f"LLM.int8() with threshold {module.state.threshold} synchronizes in every layer ({name})"
-    return None
 
 
 class StaticSlots(Slots):
@@ -236,6 +230,6 @@ class StaticSlots(Slots):
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.fallbacks.append(f"CUDA graph: {str(error).splitlines()[0]}")
+            self.fallbacks.append(f"CUDA graph: {results.first_line(error)}")
             self.captured = False
             self.graphs.clear()

@@ -65,14 +65,14 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
     check_head(full.model, texts[0])
     itself, dtype = configuration.quantization.method == "none", full.info["dtype"]
     file = study.fidelity.text
-    parts = or_reason(windows, file, full.tokenizer, token_limit(full.model)) if file else []
+    parts = results.or_reason(windows, file, full.tokenizer, token_limit(full.model)) if file else []
     some = parts[: WINDOWS[full.info["device"]]] if isinstance(parts, list) else []
     before = reference(study, full, texts, "dialogues")
-    before_some = or_reason(reference, study, full, some, "text") if some else []
+    before_some = results.or_reason(reference, study, full, some, "text") if some else []
     if isinstance(before_some, dict):
         parts, some = before_some, []
     model, head, own = full.model, full.model.get_output_embeddings(), None
-    floor = or_reason(noise_floor, model, texts, before, study.seed) if itself else None
+    floor = results.or_reason(noise_floor, model, texts, before, study.seed) if itself else None
     if not itself:
         beside = fits_beside(model)
         del model
@@ -80,7 +80,7 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
         free()
         model = models.load(study, configuration).model
         own = {"reason": "the two models did not fit side by side"}
-        own = or_reason(formats.own_error, full.model, model, configuration) if beside else own
+        own = results.or_reason(formats.own_error, full.model, model, configuration) if beside else own
         full = None
     same = before if itself else None
     rows = _compare_all(texts, before, head, model, same, progress)
@@ -88,7 +88,7 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
     found = summarize(texts, rows, options)
     if some:
         same = before_some if itself else None
-        rows = or_reason(_compare_all, some, before_some, head, model, same)
+        rows = results.or_reason(_compare_all, some, before_some, head, model, same)
         parts = file_summary(some, rows, len(parts), options) if isinstance(rows, list) else rows
     return found | {
         "left_out": left_out,
@@ -98,16 +98,6 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
         "text": parts or None,
         "seconds": time.perf_counter() - start,
     }
-
-
-def or_reason(part, *arguments, **named):
-    """What an optional part returns, or why it could not be done: {"reason": one sentence}."""
-    try:
-        return part(*arguments, **named)
-    except StudyError as error:
-        return {"reason": str(error)}
-    except Exception as error:  # an optional part never takes with it what is already computed
-        return {"reason": results.clean(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")}
 
 
 def full_precision(configuration: Configuration) -> Configuration:

@@ -21,7 +21,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import mean
 
-from helpers import ROOT, StudyError
+from helpers import ROOT, StudyError, results
 from helpers.params import Data, Study
 from helpers.setup import conversion, hub
 
@@ -94,8 +94,7 @@ def _from_hub(name: str, revision: str | None, split: str) -> list[dict]:
     try:
         rows = load_dataset(str(folder), split=split).to_list()
     except Exception as error:  # the library raises its own errors, pyarrow's and plain ValueErrors
-        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise StudyError(f"{where}: could not be read ({said}); {remedy}") from error
+        raise StudyError(f"{where}: could not be read ({results.first_line(error)}); {remedy}") from error
     return _sound(*_dialogues(rows, where, name.rpartition("/")[2]), remedy)
 
 

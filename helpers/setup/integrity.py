@@ -58,7 +58,8 @@ def verify(study: Study, folder: Path) -> None:
     if (str(folder), str(record)) in _verified or not record.is_file():
         return
     own = study.model.source in ("package", "random")
-    for row in results.read(record).data["weights"]["files"]:
+    recorded = results.read(record).data or {"weights": {"files": []}}  # a setup that failed has none
+    for row in recorded["weights"]["files"]:
         path = folder / row["file"]
         if path.suffix != ".safetensors":
             continue

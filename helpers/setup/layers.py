@@ -182,7 +182,16 @@ def widest_int8_layer(model) -> int | None:
     return max((m.out_features for m in _int8_layers(model)), default=None)
 
 
-def int8_threshold(model) -> float | None:
-    """Outlier threshold of the model's LLM.int8() layers; None if it has none."""
+def uncapturable(model) -> str | None:
+    """Why a decode step can't be a CUDA graph, or None."""
     found = [getattr(getattr(m, "state", None), "threshold", None) for m in _int8_layers(model)]
-    return next((float(threshold) for threshold in found if threshold is not None), None)
+    if threshold := next((float(t) for t in found if t), None):
+        cause = f"at threshold {threshold} every layer synchronizes with the host (at threshold 0 none does)"
+        return f"LLM.int8() cannot be graph-captured: {cause}"
+    return None
+
+
+def end_tokens(model) -> set[int]:
+    """What `generate` itself stops at."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return set(found) if isinstance(found, (list, tuple)) else {found} - {None}

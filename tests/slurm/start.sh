@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A real Slurm on one machine: two slurmd with four fake GPUs each, one slurmctld. Root; apt-get install slurm-wlm munge.
+# A real Slurm on one machine: two slurmd with four fake GPUs each, one slurmctld. As root, after
+# apt-get install slurm-wlm munge.
 #   bash start.sh DIR;  export SLURM_CONF=DIR/slurm.conf;  srun --gpus=1 -n1 env;  bash start.sh DIR stop
 # A GPU is a character device made with mknod (a plain file is refused); config_overrides lets a node claim more cores
 # than there are. MAX_JOBS: how many the queue takes.
@@ -49,7 +50,7 @@ NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=17001 CPUs=16 RealMemory=
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=17002 CPUs=16 RealMemory=8000 Gres=gpu:4
 PartitionName=gpu Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 C
-printf 'NodeName=n1 Name=gpu File=%s/gpu1_[0-3]\nNodeName=n2 Name=gpu File=%s/gpu2_[0-3]\n' "$dir" "$dir" > "$dir/gres.conf"
+printf 'NodeName=%s Name=gpu File=%s/gpu%s_[0-3]\n' n1 "$dir" 1 n2 "$dir" 2 > "$dir/gres.conf"
 export SLURM_CONF=$dir/slurm.conf
 slurmctld -c -f "$SLURM_CONF"
 sleep 2

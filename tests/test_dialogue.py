@@ -1,6 +1,7 @@
 """hf-dialogue against stock lm-eval: the same answers, whatever is shared, truncated, blank, endless or interrupted."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,14 +17,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.coqa import utils as upstream
 
-from helpers import ROOT
+from helpers import ROOT, StudyError, params
 from helpers.evaluate import limits, slots, static_slots
 from helpers.evaluate.answers import end_tokens
 from helpers.evaluate.hf_dialogue import FALLBACK_BATCH, HFDialogue
 from helpers.evaluate.limits import CPU_ROWS
 from helpers.evaluate.prefixes import ends, group_by_prefix
 from helpers.evaluate.requests import Request, guess
-from helpers.evaluate.run import evaluate, floor, slim
+from helpers.evaluate.run import evaluate, floor, save, slim
 from helpers.setup import coqa
 from helpers.setup.layers import widest_layer
 from helpers.setup.models import Loaded
@@ -552,6 +553,29 @@ def test_further_tasks_have_a_report_of_their_own(study, tiny, tokenizer):
     share = 1 / len(found["samples"]["coqa_turns"])
     changed = {"same_text": 1 - share, **none, "right_to_wrong": share, "f1_difference": -share}
     assert floor(study, loaded, found) == pytest.approx(changed)
+
+
+def test_a_further_task_that_fails_or_is_unknown_costs_no_answers(study, tiny, tokenizer, monkeypatch, tmp_path):
+    data = [study.sources[0].model_copy(update={"dialogues": 1, "dialogues_on_cpu": 1})]
+
+    def asked(**tasks):
+        evaluation = study.evaluation.model_copy(update={"max_gen_toks": 4, "include_path": str(tmp_path)} | tasks)
+        return study.model_copy(update={"data": data, "evaluation": evaluation, "folder": str(tmp_path)})
+
+    broken = "task: broken\ncustom_dataset: !function nowhere.rows\noutput_type: multiple_choice\n"
+    (tmp_path / "broken.yaml").write_text(broken)
+    loaded = Loaded(tiny, tokenizer, {"device": "cpu"})
+    found = evaluate(asked(tasks=["broken"]), loaded)
+    assert "nowhere" in found["engine"]["tasks"]["reason"] and len(found["samples"]["coqa_turns"]) > 5
+    found["results"]["coqa_turns"]["odd,none"] = math.nan
+    configuration = params.read_configuration("smollm2-135m", "fp16")
+    written = save(asked(tasks=["broken"]), configuration, loaded, found)
+    assert "odd" not in written.data["tasks"]["coqa_turns"] and '"odd,none": "nan"' in (
+        tmp_path / "fp16/lm_eval.json"
+    ).read_text().replace('":"', '": "')
+    monkeypatch.setattr(HFDialogue, "generate_until", lambda *_, **__: pytest.fail("asked before the name was known"))
+    with pytest.raises(StudyError, match="lm-eval has no task 'hellaswagg'"):
+        evaluate(asked(tasks=["hellaswagg"]), loaded)
 
 
 def test_lm_evals_command_line(tiny, tokenizer, tmp_path):

@@ -10,7 +10,7 @@ from scipy.special import log_softmax, rel_entr
 from helpers import StudyError, params, results
 from helpers.fidelity import compare, formats, perturb, texts
 from helpers.schema import DATA
-from helpers.setup import coqa, models
+from helpers.setup import coqa, methods, models
 from helpers.setup.layers import linear_layers
 
 OPTIONS = {"confidence": 0.95, "resamples": 500, "seed": 3}
@@ -296,6 +296,14 @@ def test_a_window_begins_with_the_tokenizers_first_token(tmp_path):
     path = tmp_path / "text"
     path.write_text("x" * 40)
     assert [t.ids[0].item() for t in texts.windows(str(path), Tokenizer(), limit=10)] == [1, 1, 1, 1]
+
+
+def test_full_precision_is_read_in_the_dtype_of_a_packed_kernel(monkeypatch):
+    """GPTQ's and AWQ's kernel computes in bfloat16 on a GPU, whatever the study's dtype is."""
+    monkeypatch.setattr(methods, "kernel_dtype", lambda options: "bfloat16" if options.method == "gptq" else None)
+    for name, dtype in (("gptq", "bfloat16"), ("nf4", "auto"), ("int4", "bfloat16")):
+        full = compare.full_precision(params.read_configuration("smollm2-135m", name))
+        assert (full.dtype, full.quantization.method) == (dtype, "none")
 
 
 def test_text_files_that_cannot_be_read_are_reasons(load, tmp_path):

@@ -12,7 +12,19 @@ import pandas as pd
 import pytest
 
 from helpers import ROOT, StudyError, params, results, schema_fidelity
-from helpers.analysis import contrasts, durations, frames, other_models, plots, sentences, style, tables
+from helpers.analysis import (
+    contrasts,
+    durations,
+    evidence,
+    frames,
+    hardware_claims,
+    other_models,
+    plots,
+    readme,
+    sentences,
+    style,
+    tables,
+)
 from helpers.benchmark import capacity
 
 REFERENCE = "executed/reference/hopper/smollm2-135m"
@@ -104,6 +116,45 @@ def test_a_search_that_failed_higher_up_does_not_say_that_nothing_fits(hardware)
     results.write_json(path, envelope | {"sha256": results.checksum(envelope)})
     rows = frames.load(hardware).largest.set_index(["configuration", "budget_gib"])
     assert rows.batch.isna()["nf4", 4.0] and "5 tries" in rows.reason["nf4", 4.0] and rows.batch["nf4", 16.0] > 2000
+
+
+def test_a_search_that_was_not_made_does_not_say_that_nothing_fits(hardware):
+    path = hardware / "fp16/benchmark.json"
+    envelope = json.loads(path.read_text())
+    envelope["data"]["largest_batch"][0] |= capacity.EMPTY | {"reason": "the time for this notebook was over"}
+    results.write_json(path, envelope | {"sha256": results.checksum(envelope)})
+    f = frames.load(hardware)
+    assert f.largest.set_index(["configuration", "budget_gib"]).batch.isna()["fp16", 4.0]
+    facts = evidence.facts(f, params.read_paper(), [])
+    assert "4 GiB" not in hardware_claims.batch_recovers(facts).evidence
+
+
+def test_what_failed_is_said_and_is_not_said_to_run(reference, all_turns):
+    runs = reference.runs.astype({"reason": object})
+    runs.loc[runs.kind == "weights", ["status", "reason"]] = "failed", "no room on this disk"
+    engine = reference.engine.assign(questions=reference.engine.questions.where(reference.engine.index != "nf4", 240))
+    said = " ".join(sentences.caveats(reference._replace(runs=runs, engine=engine), params.read_paper()))
+    assert "the study: failed: no room on this disk." in said
+    assert "NF4 answered 240 questions, others up to 597: only what all answered is compared." in said
+    lost = reference.configurations.astype(object)
+    lost.loc["nf4", ["evaluation", "benchmark", "fidelity", "reason"]] = "failed", "failed", "failed", "no GPU"
+    f = reference._replace(configurations=lost)
+    mine = contrasts.vs_full(reference, all_turns).drop(index="nf4")
+    assert sentences.nf4(f, mine, "FP16") == "It was not measured here: no GPU."
+
+
+def test_a_pooled_difference_is_told_by_data_set_and_where_a_batch_decides(reference):
+    wide = frames.load("executed/reference/hopper/smollm2-135m-public")
+    rows = contrasts.table(wide)
+    said = sentences.by_data_set(wide, rows[(rows.a == "nf4") & (rows.b == "fp4")].iloc[0])
+    assert re.fullmatch(
+        r" By data set, each by itself: this project's dialogues .*, fairytaleqa .*, friendsqa .*\.", said
+    )
+    assert sentences.by_data_set(reference, rows.iloc[0]) == ""
+    (one,) = readme.batching(reference, wide)
+    assert one.startswith("LLM.int8() depends on the batch: the same 597 questions give F1 23.1 alone and 22.3")
+    (kernel,) = sentences.widened(reference)
+    assert kernel.startswith("FP8 here: float8 weights, dequantized to float16 before each multiplication")
 
 
 def test_a_figure_that_stays_empty_takes_an_earlier_runs_away(hardware):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import ROOT, StudyError, params, results
+from helpers import ROOT, StudyError, params, provenance, results
 
 DATA = {"weights": {}, "data": None, "environment": {}}
 asked = os.environ.get("FUZZ")  # so many inputs; by default the same few at every run
@@ -199,3 +199,20 @@ def test_the_commit_of_a_copied_tree_is_the_one_that_was_copied(here, monkeypatc
 def test_no_results_says_what_to_run(here):
     with pytest.raises(StudyError, match="run make run-all STUDY=smollm2-135m first"):
         results.read_all(here)
+
+
+def test_a_result_is_written_where_nvidia_smi_is_missing(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert provenance._driver() is None
+
+
+def test_an_error_without_a_message_is_a_reason():
+    def fails():
+        raise RuntimeError
+
+    assert results.or_reason(fails) == {"reason": "RuntimeError: no message"}
+
+
+def test_a_setup_with_a_key_too_many_is_not_written(here):
+    with pytest.raises(ValueError, match="unknown keys"):
+        results.write(here, None, "setup", DATA | {"odd": 1})

@@ -370,3 +370,12 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not():
 def test_wrong_input_is_one_sentence(call, words):
     with pytest.raises(StudyError, match=words):
         call()
+
+
+def test_dialogues_of_too_unequal_length_give_a_reason_and_no_infinite_interval():
+    clusters = np.repeat(np.arange(12), [400] + [2] * 11)
+    a = np.random.default_rng(0).random(len(clusters))
+    columns = {"a": a, "b": a + np.random.default_rng(1).normal(0.05, 0.1, len(a))}
+    (row,) = statistics.compare(columns, clusters, [("a", "b")], True, **OPTIONS)
+    assert row["reason"] == "no interval: the dialogues are of too unequal length"
+    assert row["adjusted_low"] is None and row["ci_low"] is None and statistics.differs(row) is None

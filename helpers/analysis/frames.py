@@ -52,7 +52,8 @@ noise           kind (nf4; block: noise matched to it), seed, relative_squared_e
 hardware        configuration, process, device, gb_per_second (copy), tflops (matmul), dtype, warnings
 engine          index: configuration. questions, seconds, fallbacks, truncated; stock_ratio (seconds of stock lm-eval
                 over these), stock_identical (share of answers like its); same_text, right_to_wrong, wrong_to_right,
-                f1_difference (of the same dialogues one at a time: evaluate.run.floor)
+                f1_difference (of the same dialogues one at a time: evaluate.run.floor); reason (why further tasks or
+                these were not scored)
 runs            configuration, kind, process, status, reason, created, commit, dirty, gpu, driver, cuda, processor,
                 cores, memory_gib, torch, transformers, bitsandbytes, seed, seconds
 """
@@ -283,10 +284,11 @@ def _engine(study: Study, evaluations: dict) -> pd.DataFrame:
         rows[name] |= {"fallbacks": sum(v if isinstance(v, int) else 1 for v in fallbacks)}
         rows[name] |= {"truncated": sum(cut) if cut else None}
         rows[name] |= tables.pick(data.get("floor") or {}, FLOOR)
+        rows[name] |= {"reason": tables.dig(data, "engine.tasks.reason") or tables.dig(data, "floor.reason")}
         names = {"stock_ratio": "ratio", "stock_identical": "identical_share"}
         rows[name] |= tables.pick(stock.get(name) or {}, " ".join(names), names)
     return pd.DataFrame.from_dict(rows, orient="index", columns=ENGINE.split())
 
 
 FLOOR = "same_text right_to_wrong wrong_to_right f1_difference"
-ENGINE = f"questions seconds fallbacks truncated stock_ratio stock_identical {FLOOR}"
+ENGINE = f"questions seconds fallbacks truncated stock_ratio stock_identical {FLOOR} reason"

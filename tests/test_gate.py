@@ -138,3 +138,8 @@ def test_studies_that_cannot_be_compared_are_told_so(f):
         compare.contents({"one": hardware, "two": hardware})
     part = compare.contents({"one": small(f, lambda name: True), "two": hardware})[0]
     assert part["mean"] is None and part["sentence"] == "Only one has an interval for it: nothing to compare."
+
+
+def test_a_wrong_argument_is_no_verdict(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gate", REFERENCE, "nf4", "--least-recovery", "much"])
+    assert gate.main() == 3 and "invalid float value: 'much'" in capsys.readouterr().err

@@ -9,8 +9,10 @@ if that part alone does.
 
 import math
 
+import pandas as pd
+
 from helpers import statistics
-from helpers.analysis import contrasts, evidence, recovery
+from helpers.analysis import contrasts, evidence, recovery, sentences
 from helpers.analysis.evidence import FAILS, HOLDS, OPEN, Facts, NotMeasured, Verdict, all_of, contrast
 from helpers.analysis.style import number, percent, points
 
@@ -68,6 +70,8 @@ def _accuracy(facts: Facts, a: str, b: str, rule, sized: bool = False, part: str
     row = contrast(facts, facts.last, a, b)
     main, size, beside = rule(row), None, []
     texts = [f"{facts.f.label(b)} vs {facts.f.label(a)}, {_told(row, 'last turns')}"]
+    last = facts.f._replace(samples=facts.f.samples[facts.f.samples.last_turn])
+    texts += [text[1:-1].replace("; ", ", ") for text in [sentences.by_data_set(last, row)] if text]
     if sized:
         size, text = _size(facts, row)
         texts.append(f"size: {text}")
@@ -119,6 +123,9 @@ def nf4_pareto(facts):
     smaller = [f.label(n) for n in others if f.sizes.allocated.get(n, math.nan) < size * (1 - evidence.SAME_SIZE)]
     if smaller:
         return Verdict(FAILS, f"smaller than NF4's {number(size, 0)} MB: {', '.join(smaller)}")
+    memory = f.sizes.allocated.reindex(others)
+    if unknown := [f.label(n) for n in others if pd.isna(memory[n]) and not f.configurations.same_kernels.get(n)]:
+        return Verdict(OPEN, f"the memory of {', '.join(unknown)} was not measured")
     if unclear := [f.label(name) for name, side in sides.items() if side is None]:
         return Verdict(OPEN, f"{start}: F1 does not separate NF4 from {', '.join(unclear)}")
     return Verdict(HOLDS, f"{start}: every other F1 is lower, and nothing is smaller than {number(size, 0)} MB")

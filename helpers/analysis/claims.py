@@ -28,8 +28,9 @@ def kind(facts: Facts, about: str, measured: bool) -> str:
     if about == "library":
         return "checked on the library as used here"
     if about == "hardware":
-        cards = facts.f.runs[facts.f.runs.kind == "benchmark"].gpu.dropna().unique()
-        card = "the paper's card" if list(cards) == [facts.paper["device"]] else "another card"
+        card = (
+            "the paper's card" if facts.cards == [facts.paper["device"]] else "another card" if facts.cards else "a CPU"
+        )
         return f"tested on {'the same architecture' if facts.same_architecture else 'another model'} and {card}"
     return "tested on the paper's model" if facts.same_model else "tested on another model and data"
 
@@ -50,8 +51,7 @@ def scope(facts: Facts, about: str) -> str | None:
         other = "" if any("coqa" in name.lower() for name in sets) else ", not CoQA"
         parts.append(f"last turns of {', '.join(sets)}{other}")
     if about == "hardware":
-        cards = f.runs[f.runs.kind == "benchmark"].gpu.dropna().unique()
-        parts.append(f"measured on {', '.join(cards) or 'a CPU'}; the paper used an {paper['device']}")
+        parts.append(f"measured on {', '.join(facts.cards) or 'a CPU'}; the paper used an {paper['device']}")
     return "; ".join(parts) or None
 
 

@@ -31,6 +31,11 @@ def primary_pairs(f: Frames, names) -> list[tuple[str, str]]:
     return pairs + ([("nf4", "fp4")] if {"nf4", "fp4"} <= set(names) else [])
 
 
+def formats(f: Frames) -> pd.Series:
+    """Configuration -> its format's label: seeds of one format are the same format."""
+    return f.configurations.label.str.replace(r", seed \d+$", "", regex=True)
+
+
 def clusters(table: pd.DataFrame) -> list[str]:
     """The dialogue of each question of `Frames.wide`; ids of two data sets may be the same."""
     return ["/".join(map(str, key[:2])) for key in table.index]

@@ -29,12 +29,17 @@ class Facts(NamedTuple):
     ratios: pd.DataFrame  # Frames.ratios
 
     @property
+    def cards(self) -> list[str]:
+        """GPUs of the benchmarks; none: a CPU."""
+        return list(self.f.runs[self.f.runs.kind == "benchmark"].gpu.dropna().unique())
+
+    @property
     def same_model(self) -> bool:
-        return self.f.study.study == self.paper["study"]
+        return self.f.study.model.name == self.paper["weights"]
 
     @property
     def same_architecture(self) -> bool:
-        return self.f.study.study.startswith(self.paper["study"])
+        return self.f.study.model.name in (self.paper["weights"], self.paper["same_shape"])
 
 
 class Verdict(NamedTuple):

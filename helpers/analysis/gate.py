@@ -3,14 +3,15 @@
     python -m helpers.analysis.gate executed/STUDY nf4 --least-recovery 95 --largest-loss 2
 
 Prints one line, writes FOLDER/CONFIGURATION/gate.json and exits with 0 (pass), 1 (fail), 2 (these dialogues are too few
-to say) or 3 (no results to judge). Make's own status is 2 for anything but a pass; who needs the difference calls this.
-The rule is helpers.analysis.recovery.gate: the one-sided bound at the study's confidence, not the estimate, must keep
-the threshold.
+to say) or 3 (no results to judge, or a wrong argument). Make's own status is 2 for anything but a pass; who needs the
+difference calls this. The rule is helpers.analysis.recovery.gate: the one-sided bound at the study's confidence, not
+the estimate, must keep the threshold.
 """
 
 import argparse
 import math
 import sys
+import traceback
 
 from helpers import StudyError, results
 from helpers.analysis import contrasts, frames, recovery
@@ -73,7 +74,10 @@ def main() -> int:
     parser.add_argument("configuration")
     parser.add_argument("--least-recovery", type=float, metavar="PERCENT")
     parser.add_argument("--largest-loss", type=float, metavar="POINTS")
-    given = vars(parser.parse_args())
+    try:
+        given = vars(parser.parse_args())
+    except SystemExit as wrong:  # argparse's 2 would read as "n too small"
+        return 3 if wrong.code else 0
     try:
         f = frames.load(given.pop("folder"))
         row = judge(f, **given)
@@ -86,4 +90,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except Exception:  # Python's own status for it is 1, which would read as "fail"
+        traceback.print_exc()
+        sys.exit(3)

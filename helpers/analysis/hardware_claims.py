@@ -40,21 +40,30 @@ def size_reduction(facts):
 
 
 def footprint_is_memory(facts):
+    """Of tensors, since the allocator rounds up."""
+    if facts.cards == []:
+        raise NotMeasured("the memory of a GPU was not measured: there was none")
     parts, equal = [], []
     for name in ("nf4", "fp4"):
-        reported, allocated = (size_mb(facts, name, which) for which in ("reported", "allocated"))
-        equal.append(abs(allocated / reported - 1) <= evidence.SAME_SIZE)
-        more = percent(allocated / reported - 1, signed=True)
-        parts.append(f"{facts.f.label(name)} reports {number(reported)} MB and takes {number(allocated)} MB ({more})")
+        reported, tensors = (size_mb(facts, name, which) for which in ("reported", "tensors"))
+        equal.append(abs(tensors / reported - 1) < 0.001)
+        more = percent(tensors / reported - 1, signed=True)
+        parts.append(
+            f"{facts.f.label(name)} reports {number(reported)} MB and its tensors take {number(tensors)} ({more})"
+        )
     return Verdict(HOLDS if all(equal) else FAILS, "; ".join(parts))
 
 
-def _over(signs: list[str | None], mixed: str) -> str:
-    """Verdicts of `durations.longer` at several settings on "takes longer"."""
-    yes, no = durations.SLOWER in signs, durations.FASTER in signs or durations.EQUAL in signs
-    if yes and no:
+def _over(settings: list[list[str | None]], mixed: str) -> str:
+    """ "Both formats take longer", from their verdicts (`durations.longer`) at each setting: one that does not refutes
+    it there, whatever the other does."""
+    found = []
+    for signs in settings:
+        no = durations.FASTER in signs or durations.EQUAL in signs
+        found.append(FAILS if no else OPEN if None in signs else HOLDS)
+    if HOLDS in found and FAILS in found:
         return mixed
-    return OPEN if None in signs or not signs else HOLDS if yes else FAILS
+    return FAILS if FAILS in found else OPEN if OPEN in found or not found else HOLDS
 
 
 def _across_modes(verdicts: dict[str, str]) -> str:
@@ -64,18 +73,20 @@ def _across_modes(verdicts: dict[str, str]) -> str:
     return evidence.MODE if main != OPEN and len(decided) > 1 else main
 
 
-def _time_claim(facts: Facts, phase: str, key: str, reported: str, mixed: str) -> Verdict:
-    """Do both 4-bit formats take longer, in each mode, at every setting that the paper reports?"""
+def _time_claim(facts: Facts, phase: str, key: str, reported: str, mixed: str, least: int = 1) -> Verdict:
+    """Do both 4-bit formats take longer, in each mode, at every setting that the paper reports? `least`: of so many."""
     ratios = facts.ratios[(facts.ratios.phase == phase) & facts.ratios.configuration.isin(["nf4", "fp4"])]
     wanted = {float(x) for row in facts.paper["configurations"].values() for x in row[reported]}
     settings = sorted(set(ratios[key]) & wanted) or sorted(set(ratios[key]))
-    if not {"nf4", "fp4"} <= set(ratios.configuration):
-        raise NotMeasured(f"{phase} of NF4, FP4 and full precision was not measured in this study")
+    if absent := [facts.f.label(name) for name in ("nf4", "fp4") if name not in set(ratios.configuration)]:
+        what = f"{' and '.join(absent)} beside full precision"
+        raise NotMeasured(f"{phase} of {what} was not measured in this study")
     rows = ratios[ratios[key].isin(settings)].sort_values("tokens")
     rows = rows.drop_duplicates(["configuration", "mode", key])  # of several contexts the shortest
     verdicts, texts = {}, []
     for mode, part in rows.groupby("mode", sort=False):
-        verdicts[mode] = _over([durations.longer(row) for row in part.to_dict("records")], mixed)
+        at_once = [[durations.longer(row) for row in same.to_dict("records")] for _, same in part.groupby(key)]
+        verdicts[mode] = _over(at_once, mixed) if len(settings) >= min(least, len(wanted)) else OPEN
         told = []
         for name in ("nf4", "fp4"):
             mine = part[part.configuration == name].sort_values(key)
@@ -109,7 +120,7 @@ def decode_slower(facts):
 
 
 def throughput_lower(facts):
-    return _time_claim(facts, "decode", "batch", "throughput_tokens_per_second", BATCH)
+    return _time_claim(facts, "decode", "batch", "throughput_tokens_per_second", BATCH, least=2)
 
 
 def _mixed(found: list[str], mixed: str) -> str:
@@ -154,7 +165,10 @@ def batch_recovers(facts):
     for gib, (mine, base) in zip(rates.index, rates.to_numpy()):
         if not base and not mine:
             continue
-        texts = [f"{number(rate, 0)} tokens/s" if rate else "does not fit" for rate in (mine, base)]
+        ran = rows[rows.budget_gib == gib].drop_duplicates("configuration").set_index("configuration")["mode"]
+        modes = [MODES.get(ran.get(name), "no mode") for name in ("nf4", facts.f.full)]
+        pair = zip((mine, base), modes)
+        texts = [f"{number(rate, 0)} tokens/s ({mode})" if rate else "does not fit" for rate, mode in pair]
         parts.append(f"{gib:g} GiB: NF4 {texts[0]}, full precision {texts[1]}")
         found.append(OPEN if base and mine else HOLDS if mine else FAILS)
     if not found:

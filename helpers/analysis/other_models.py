@@ -30,23 +30,24 @@ def recoveries(studies: list[tuple[Frames, pd.DataFrame]]) -> pd.DataFrame:
     return pd.DataFrame(columns).rename_axis("F1 kept (%)").reset_index()
 
 
-def separated(rows: pd.DataFrame) -> set[tuple[str, str]]:
-    """(better, worse) of every pair of `contrasts.table` whose F1 differs; full precision's pairs left out."""
-    rows = rows[rows.differs & ~(rows.primary & rows.recovery.notna())]
+def separated(f: Frames, rows: pd.DataFrame, among) -> set[tuple[str, str]]:
+    """(better, worse) of every pair of `contrasts.table` whose F1 differs, among the given configurations."""
+    rows = rows[rows.differs & rows.a.isin(among) & rows.b.isin(among) & (rows.a != f.full)]
     return {(r.a, r.b) if r.difference < 0 else (r.b, r.a) for r in rows.itertuples()}
 
 
 def order(f: Frames, rows: pd.DataFrame, other: Frames, others: pd.DataFrame) -> str:
-    """In how many pairs of formats both models agree."""
-    here, there = separated(rows), separated(others)
-    pairs = math.comb(f.samples.configuration[f.samples.configuration != f.full].nunique(), 2)
+    """In how many pairs of formats, of those that both have, both models agree."""
+    both = set(f.samples.configuration) & set(other.samples.configuration) - {f.full, other.full}
+    here, there = separated(f, rows, both), separated(other, others, both)
     level = style.percent(f.study.statistics.confidence, 0)
-    turned = sorted(f"{f.label(a)} and {f.label(b)}" for a, b in here if (b, a) in there)
-    only = sorted(f"{f.label(a)} above {f.label(b)}" for a, b in there - here if {a, b} <= set(f.configurations.index))
-    reversed_pairs = f" ({sentences.listed(turned)})" if turned else ""
-    further = f"; it also puts {sentences.listed(only)}" if only else ""
+    turned = {(b, a) for a, b in here} & there
+    only = sorted(f"{f.label(a)} above {f.label(b)}" for a, b in there - here - turned)
+    further = f"; {len(only)} more are separated there: {sentences.listed(only)}" if only else ""
+    ways = f" ({sentences.listed(sorted(f'{f.label(a)} above {f.label(b)}' for a, b in turned))})" if turned else ""
+    n = sentences.counts(f).split(";")[0]
     return (
-        f"Exploratory, each pair at {level} by itself: F1 separates {len(here)} of {pairs} pairs of formats on "
-        f"{grid(f)}, {sentences.counts(f).split(';')[0]}. On {grid(other)}, {len(here & there)} of them come out "
-        f"the same way and {len(turned)} the other way round{reversed_pairs}{further}."
+        f"Pairs of formats, each at {level} by itself (exploratory): on {grid(f)}, F1 separates {len(here)} of "
+        f"{math.comb(len(both), 2)} ({n}). On {grid(other)}, {len(here & there)} of these come out the same way and "
+        f"{len(turned)} the other way round{ways}{further}."
     )

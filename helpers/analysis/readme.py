@@ -13,78 +13,102 @@ from helpers.analysis.style import NONE, number, percent, points, times
 MARKS = ("<!-- found: rendered by make readme from executed/reference -->", "<!-- end of found -->")
 # three data sets, the claims, the hardware, another model
 STUDIES = ("smollm2-135m-public", "smollm2-135m", "llama-3.2-1b-random", "gemma3-270m")
-SHOWN = ("nf4", "fp4", "gptq", "int8", "fp8")
+SHOWN = ("fp8", "int8", "gptq", "awq", "nf4", "fp4")
+HOW = {"eager": "eager", "cuda_graph": "in a CUDA graph", "compile": "compiled"}
 PROMPT = 512  # tokens
 LEAST_CHANGE = 0.005  # of F1 between two batchings: less is a tie here and there
 
 
+def fastest_mode(f: frames.Frames, phase: str) -> str:
+    """The mode in which full precision takes least, one row at a time."""
+    rows = f.medians().query("phase == @phase and batch == 1 and configuration == @f.full")
+    return rows.groupby("mode").ms.min().idxmin()
+
+
+def cell(table, name: str) -> str:
+    """A time over full precision's, and its range over processes."""
+    return f"{times(table.ratio[name])} {sentences.spread(table.loc[name])}".strip() if name in table.index else NONE
+
+
 def answer(f: frames.Frames, rows, hardware: frames.Frames, other: frames.Frames, others) -> list[str]:
-    """The table: what a format keeps of F1 on two models, the memory of its weights, its prefill time, and its decode
-    time at the smallest and the largest batch."""
-    others = contrasts.vs_full(other, others)
-    rows, ratios, size = contrasts.vs_full(f, rows), hardware.ratios(), hardware.sizes.allocated
-    mode = contrasts.steadiest_mode(ratios)
-    batches = ratios.batch[(ratios.phase == "decode") & (ratios["mode"] == mode)]
-    ends = int(batches.min()), int(batches.max())
-    timed = [contrasts.at(ratios, "prefill", tokens=PROMPT, mode=mode).ratio]
-    timed += [contrasts.at(ratios, "decode", batch=b, mode=mode).ratio for b in ends]
-    models = (
-        f"F1 kept, {f.study.model.name}, {f.samples.data_set.nunique()} data sets | F1 kept, {other.study.model.name}"
-    )
-    lines = [
-        f"| | {models} | weights in memory | prefill, {PROMPT} tokens | decode, batch {ends[0]} | batch {ends[1]} |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in (name for name in SHOWN if name in rows.index):
+    """What follows from it; the table: what a format keeps of F1 on two models, the memory of its weights, and its
+    times in the fastest modes; and what to know beside it."""
+    rows, others = contrasts.vs_full(f, rows), contrasts.vs_full(other, others)
+    shown = [name for name in SHOWN if name in rows.index]
+    ratios, size = hardware.ratios(), hardware.sizes.allocated / hardware.sizes.allocated[hardware.full]
+    modes = {phase: fastest_mode(hardware, phase) for phase in ("prefill", "decode")}
+    batches = ratios.batch[(ratios.phase == "decode") & (ratios["mode"] == modes["decode"])].astype(int)
+    timed = {f"prefill, {PROMPT} tokens": contrasts.at(ratios, "prefill", tokens=PROMPT, mode=modes["prefill"])}
+    for batch in (batches.min(), batches.max()):
+        timed[f"decode, batch {batch}"] = contrasts.at(ratios, "decode", batch=batch, mode=modes["decode"])
+    heads = [f"F1 kept, {f.study.model.name}, {f.samples.data_set.nunique()} data sets"]
+    heads += [f"F1 kept, {other.study.model.name}", "weights in memory", *timed]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name in shown:
         found = [part.loc[name] for part in (rows, others)]
         kept = [sentences.recovered(row.recovery, row.recovery_low, row.recovery_high) for row in found]
-        memory = percent(size.get(name) / size.get(hardware.full), 0) if name in size else NONE
-        cells = [f"**{f.label(name)}**", *kept, memory, *(times(column.get(name)) for column in timed)]
-        lines.append(f"| {' | '.join(cells)} |")
-    where = f"Memory and time: Llama-3.2-1B's shape, {frames.MODES[mode]}, {sentences.device(hardware)}."
-    dashes = [name for name in SHOWN if name in rows.index and name not in timed[-1]]
-    where += "".join(f" {NONE}: {why}." for name in dashes for why in reasons(hardware, name, mode))
+        cells = [*kept, percent(size.get(name), 0), *(cell(table, name) for table in timed.values())]
+        lines.append(f"| **{f.label(name)}** | {' | '.join(cells)} |")
+    how = HOW[modes["decode"]]
+    said = [*lead(f, rows, other, others, size, [*timed.values()][1:], how), "", *lines, ""]
     n = []
     for study in (f, other):
         score = points(contrasts.means(study, "f1")["mean"][study.full], False)
-        n.append(f"{study.study.model.name}, {sentences.counts(study).split(';')[0]}, full precision's F1 {score}")
-    notes = [f"All vs full precision; {sentences.counts(f).split('; ')[1]}", f"F1: {'; '.join(n)}.", where]
-    notes += [*sentences.widened(hardware), *grouped((f, other, hardware)), *elsewhere(hardware, ratios, mode)]
-    said = lead(rows, others, f, hardware, ratios, mode, ends)
-    return [said, "", *lines, "", "\n\n".join(notes)]
-
-
-def lead(rows, others, f: frames.Frames, hardware: frames.Frames, ratios, mode: str, ends) -> str:
-    """The answer in two sentences: what 4 and 8 bits keep, take in memory, and cost in time."""
-    bits, size = f.configurations.bits_per_weight, hardware.sizes.allocated
-    kept, memory, names = [], [], {}
-    for low, high, word in ((0, 5, "4-bit formats"), (5, 9, "8-bit ones")):
-        names[word] = [n for n in SHOWN if n in rows.index and n in others.index and low < bits[n] <= high]
-        found = [part.recovery[n] for n in names[word] for part in (rows, others)]
-        kept.append(f"{word} keep {number(min(found), 0)} to {number(max(found), 0)}%")
-        shares = [size[n] / size[hardware.full] for n in names[word] if n in size]
-        memory.append(sentences.listed(dict.fromkeys(percent(share, 0) for share in shares)))
-    steps = []
-    for batch in ends:
-        column = contrasts.at(ratios, "decode", batch=batch, mode=mode).ratio.reindex(names["4-bit formats"]).dropna()
-        steps.append(f"{times(column.min())} to {times(column.max())}")
-    return (
-        f"**On two small models {kept[0]} of full precision's F1, {kept[1]}. At Llama-3.2-1B's shape the weights take "
-        f"{' and '.join(memory)} of the memory. A 4-bit decode step takes {steps[0]} of full precision's time at batch "
-        f"{ends[0]} and {steps[1]} at batch {ends[1]} ({frames.MODES[mode]}).**"
+        n.append(f"{study.study.model.name} {sentences.counts(study).split(';')[0].removeprefix('n = ')}, F1 {score}")
+    where = (
+        f"Memory and times: Llama-3.2-1B's shape on {sentences.device(hardware)}, over full precision's. Times in the "
     )
+    where += f"fastest mode: {', '.join(f'{phase} {HOW[mode]}' for phase, mode in modes.items())}"
+    notes = [f"F1 kept: per cent of full precision's, 95% intervals by dialogue. Full precision: {'; '.join(n)}."]
+    notes += [f"{where}; brackets: range of three processes.", *untimed(f, hardware, shown, modes["decode"])]
+    notes += [*sentences.widened(hardware), *grouped((f, other, hardware))]
+    return [*said, *(f"- {text}" for text in [*notes, *elsewhere(hardware, ratios, modes["decode"])])]
+
+
+def lead(f: frames.Frames, rows, other: frames.Frames, others, size, decode: list, how: str) -> list[str]:
+    """The smallest format that is shown to keep F1; what the smallest formats keep."""
+    bits, shown = f.configurations.bits_per_weight, [name for name in SHOWN if name in rows.index]
+    equal = [name for name in shown if rows.verdict[name].startswith("equal") and name in size]
+    said = ["**No format is shown to keep full precision's F1.**"]
+    if equal:
+        name = min(equal, key=size.get)
+        at = [f"{times(t.ratio[name])} at batch {t.batch[name]:.0f}" for t in decode if name in t.index]
+        verdicts = [f"{part.verdict[name]} on {study.study.model.name}" for study, part in ((f, rows), (other, others))]
+        text = (
+            f"**{f.label(name)} keeps full precision's F1 ({', '.join(verdicts)}) in {percent(size[name], 0)} of the "
+        )
+        text += "memory for weights" + (f"; {how}, a decode step takes {' and '.join(at)}" if at else "")
+        said = [f"{text}.**"]
+    small = sorted((name for name in shown if bits[name] < 5 and name in others.index), key=lambda n: -rows.recovery[n])
+    kept = [f"{f.label(n)} {number(rows.recovery[n], 0)}% and {number(others.recovery[n], 0)}%" for n in small]
+    said += [f"At 4 bits this much of F1 is left on the two models: {sentences.listed(kept)}."] if kept else []
+    history = {study.study.model.already_quantized for study in (f, other)}
+    if all(history):
+        said.append("Both models are small and came as 4-bit files; larger ones may lose less.")
+    return [" ".join(said)]
+
+
+def untimed(f: frames.Frames, hardware: frames.Frames, shown: list[str], mode: str) -> list[str]:
+    """Why a format has no times."""
+    said, kernels = [], hardware.configurations.kernel
+    for name in shown:
+        twins = [hardware.label(twin) for twin in kernels.index[kernels == f.configurations.kernel[name]]]
+        if name not in kernels.index:
+            said.append(f"{f.label(name)} was not timed" + (f": it runs {twins[0]}'s kernel." if twins else "."))
+        else:
+            said += [f"{why}." for why in reasons(hardware, name, mode)]
+    return said
 
 
 def grouped(studies) -> list[str]:
-    """Formats whose weights share a scale in groups of another size in another study."""
-    sizes = {study.study.study: study.configurations.group_size.dropna() for study in studies}
-    said = []
-    for name in SHOWN:
-        found = {study: column[name] for study, column in sizes.items() if name in column}
-        if len(set(found.values())) > 1:
-            where = ", ".join(f"{size:.0f} in {study}" for study, size in found.items())
-            said.append(f"{studies[0].label(name)}'s weights share a scale in groups of {where}.")
-    return said
+    """Where weights share a scale in groups of another size in another study."""
+    sizes, names = {}, {}
+    for study in studies:
+        for name, size in study.configurations.group_size.reindex(SHOWN).dropna().items():
+            sizes.setdefault(int(size), {})[study.study.study] = None
+            names[study.label(name)] = None
+    where = [f"{size} in {sentences.listed(found)}" for size, found in sizes.items()]
+    return [f"{sentences.listed(names)}: weights that share a scale: {', '.join(where)}."] if len(sizes) > 1 else []
 
 
 def batching(own: frames.Frames, wide: frames.Frames) -> list[str]:
@@ -101,8 +125,8 @@ def batching(own: frames.Frames, wide: frames.Frames) -> list[str]:
         if abs(beside[name].mean() - alone[name].mean()) > LEAST_CHANGE:
             scores = [points(table[name].mean(), False) for table in (alone, beside)]
             said.append(
-                f"{own.label(name)} depends on the batch: the same {len(alone):,} questions give F1 {scores[0]} alone "
-                f"and {scores[1]} among other data ({odd} answers score otherwise), which no interval here holds."
+                f"{own.label(name)}'s answers change with what is batched together: F1 {scores[0]} or {scores[1]} on "
+                f"the same {len(alone):,} questions ({odd} answers score otherwise). The intervals leave that out."
             )
     return said
 
@@ -115,7 +139,7 @@ def elsewhere(f: frames.Frames, ratios, shown: str) -> list[str]:
         rows = rows.reindex([name for name in SHOWN if name in rows.index])
         found = [f"{f.label(row.Index)} {times(row.ratio)} {sentences.spread(row)}" for row in rows.itertuples()]
         parts.append(f"{frames.MODES[mode]}: {', '.join(found)}")
-    return [f"Decode at batch 1 in other modes, range of processes. {'. '.join(p[0].upper() + p[1:] for p in parts)}."]
+    return [f"Decode at batch 1 in other modes. {'. '.join(part[0].upper() + part[1:] for part in parts)}."]
 
 
 def reasons(f: frames.Frames, name: str, mode: str) -> list[str]:
@@ -131,7 +155,7 @@ def pipeline(measured: dict) -> str:
     for what, run in (("run-all", measured["runs"]["run-all"]), ("test", measured["runs"]["test"])):
         text = f"`make {what}` {number(run['seconds'] / 60, 0)} minutes and {number(run['peak_mib'] / 1024, 1)} GiB"
         parts.append(f"{text} (it failed)" if run["exit"] else text)
-    return f"On {measured['provenance']['cores']} cores without a GPU, without downloads: {', '.join(parts)}."
+    return f"On {measured['provenance']['cores']} cores without a GPU, download time not counted: {', '.join(parts)}."
 
 
 def rendered(text: str) -> str:
@@ -146,11 +170,15 @@ def rendered(text: str) -> str:
     found = [sentences.differs(wide, row) + sentences.by_data_set(wide, row) for _, row in pair.iterrows()]
     found += sentences.heterogeneity(wide, contrasts.pooled(wide, contrasts.groups(wide, "data_set")))
     found += [other_models.order(own, facts.every, other, others)]
-    found += [*batching(own, wide), *sentences.compiled(hardware, shape.ratios)]
+    found += batching(own, wide)
     found += sentences.by_chance(own, contrasts.vs_full(own, facts.every), contrasts.vs_full(own, facts.last))
     found += sentences.redraws(wide, largest.designs[:1])
     lines = [*answer(wide, rows, hardware, other, others), "", *(f"- {text}" for text in found)]
-    lines += ["", f"Of the paper's {len(paper['claims'])} claims:", ""]
+    lines += [
+        "",
+        f"Of the paper's {len(paper['claims'])} claims, each judged on the largest study that measured it:",
+        "",
+    ]
     lines += [f"- {text}" for text in sentences.claims(*(claims.judged(study) for study in (shape, largest, facts)))]
     lines += ["", pipeline(json.loads((ROOT / "executed/reference/bench_pipeline.json").read_text())), ""]
     before, rest = text.split(MARKS[0])

@@ -53,7 +53,7 @@ def differs(f: Frames, row) -> str:
 def caveats(f: Frames, paper: dict) -> list[str]:
     """What the reader must know before any number."""
     said, names = [], f.configurations
-    if f.study.study != paper["study"]:
+    if f.study.model.name != paper["weights"]:
         said.append(f"Measured on {f.study.model.name}, not on the paper's {paper['model']}.")
     if f.study.model.already_quantized:
         said.append(
@@ -104,13 +104,13 @@ def abstract(f: Frames, all_turns, last_turns, ratios, paper: dict) -> list[str]
     if "nf4" in f.configurations.index:
         said.append(f"Should I use NF4? {nf4(f, mine, full)}{speed(f, ratios)}")
     bounds = mine[mine.low.notna()].low.astype(float)
-    if len(bounds):
-        best = bounds.idxmax()
-        loss = points(max(0.0, -bounds[best]), False)
-        formats = f.configurations.label[bounds.index].str.split(", seed ").str[0].nunique()
+    worst = bounds.groupby(contrasts.formats(f).reindex(bounds.index)).idxmin()  # of several seeds
+    if len(worst) > 1:
+        name = bounds[worst].idxmax()
+        loss, label = points(max(0.0, -bounds[name]), False), contrasts.formats(f)[name]
         said.append(
-            f"Smallest bound on the loss, of {formats} formats: {f.label(best)}, at most {loss} F1 points "
-            f"(simultaneous, {f.study.statistics.confidence:.0%}).{smaller(f, best)}"
+            f"Safest of {len(worst)} formats: {label}. It loses at most {loss} F1 points "
+            f"({f.study.statistics.confidence:.0%}, adjusted for all contrasts).{smaller(f, name)}"
         )
     pair = all_turns[(all_turns.a == "nf4") & (all_turns.b == "fp4")]
     said += [differs(f, row) + by_data_set(f, row) for _, row in pair.iterrows()]
@@ -138,12 +138,16 @@ def nf4(f: Frames, mine: pd.DataFrame, full: str) -> str:
 
 
 def by_data_set(f: Frames, row) -> str:
-    """ " By data set: fairytaleqa −2.4 [−5.3, +0.4], ...", of one contrast; nothing for one data set."""
+    """ " By data set: fairytaleqa −1.2 [−3.0, +0.6], ...", of one contrast; nothing for one data set."""
     rows = contrasts.groups(f, "data_set", [(row.a, row.b)])
     if len(rows) < 2:
         return ""
     parts = [f"{data_set(r.group)} {points(r.difference)} {interval(r.low, r.high)}".strip() for r in rows.itertuples()]
-    return f" By data set, each by itself: {', '.join(parts)}."
+    said = f" By data set, each by itself: {', '.join(parts)}"
+    for mean in contrasts.pooled(f, rows).itertuples():
+        whole = f"{points(mean.mean)} {interval(mean.ci_low, mean.ci_high)}".strip()
+        said += f"; for data sets in general (random effects) {whole}, I\N{SUPERSCRIPT TWO} {number(mean.i2, 0)}%"
+    return f"{said}."
 
 
 def widened(f: Frames) -> list[str]:
@@ -210,15 +214,16 @@ def redraws(f: Frames, designs: list[dict]) -> list[str]:
     """How often the design would have given each direction, and how well that share is known."""
     said = []
     for design in designs:
-        kind = "the paper's design, last turns" if design["design"] == "last turns" else "the same with any turn"
+        last = design["design"] == "last turns"
+        kind = "the paper's design, the last turns" if last else "the same with any turn"
         parts = []
         for row in design["comparisons"]:
             share = percent(row["share_above"], 0)
             known = interval(row["share_above_low"], row["share_above_high"], lambda v: percent(v, 0))
             parts.append(f"{f.label(row['b'])} beats {f.label(row['a'])} in {share} {known}".strip())
         drawn_from = len(f.samples[["data_set", "dialogue"]].drop_duplicates())
-        of = f"{design['size']} dialogues, drawn from {drawn_from:,}"
-        said.append(f"In {design['draws']:,} repeats of {kind} ({of}): {'; '.join(parts)}.")
+        of = f"of {design['size']} dialogues, drawn from {drawn_from:,}"
+        said.append(f"In {design['draws']:,} repeats of {kind} {of}: {'; '.join(parts)}.")
     return said
 
 
@@ -232,7 +237,7 @@ def heterogeneity(f: Frames, over: pd.DataFrame) -> list[str]:
     same = [f.label(name) for name in over[over.q_p >= level].configuration]
     sets = over.data_sets.max()
     said = [f"Between {sets} data sets the loss differs by more than chance for {listed(depends)}."] if depends else []
-    few = f"No such difference shows for {listed(same)}, which {sets} data sets could hardly decide."
+    few = f"For {listed(same)} {sets} data sets are too few to tell."
     return said + ([few] if same else [])
 
 

@@ -207,7 +207,7 @@ def compare(
     Rows have a, b, n_questions, n_dialogues, mean_a, mean_b, difference, standard_error, ci_low, ci_high, equal_low,
     equal_high, p, p_adjusted, adjusted_low, adjusted_high, level (of a single t test as strict as the row's),
     confidence, family ("primary" or "exploratory") and reason (why there is no interval, else None). family: the pairs
-    were named in advance and are adjusted together (`max_t`); otherwise each row stands alone, p_adjusted and its
+    are fixed by rule and adjusted together (`max_t`); otherwise each row stands alone, p_adjusted and its
     interval are None. Raises StudyError if the arrays don't match or hold a missing number.
     """
     if not pairs:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -566,8 +567,10 @@ def test_a_further_task_that_fails_or_is_unknown_costs_no_answers(study, tiny, t
     broken = "task: broken\ncustom_dataset: !function nowhere.rows\noutput_type: multiple_choice\n"
     (tmp_path / "broken.yaml").write_text(broken)
     loaded = Loaded(tiny, tokenizer, {"device": "cpu"})
-    found = evaluate(asked(tasks=["broken"]), loaded)
-    assert "nowhere" in found["engine"]["tasks"]["reason"] and len(found["samples"]["coqa_turns"]) > 5
+    shutil.copytree(ROOT / "tests/tasks", tmp_path, dirs_exist_ok=True)
+    found = evaluate(asked(tasks=["broken", "few_shot_choices"], limit=1), loaded)
+    assert "nowhere" in found["engine"]["tasks"]["failed"]["broken"] and "few_shot_choices" in found["results"]
+    assert len(found["samples"]["coqa_turns"]) > 5
     found["results"]["coqa_turns"]["odd,none"] = math.nan
     configuration = params.read_configuration("smollm2-135m", "fp16")
     written = save(asked(tasks=["broken"]), configuration, loaded, found)

@@ -140,7 +140,12 @@ def test_what_failed_is_said_and_is_not_said_to_run(reference, all_turns):
     lost.loc["nf4", ["evaluation", "benchmark", "fidelity", "reason"]] = "failed", "failed", "failed", "no GPU"
     f = reference._replace(configurations=lost)
     mine = contrasts.vs_full(reference, all_turns).drop(index="nf4")
+    assert not sentences.nf4(f, mine, "FP16").startswith("It was not measured")  # a further process has its times
+    f = f._replace(times=f.times[f.times.configuration != "nf4"])
     assert sentences.nf4(f, mine, "FP16") == "It was not measured here: no GPU."
+    engine = reference.engine.assign(tasks_failed=[None, "hellaswag: ConnectionError: no hub.", *[None] * 6])
+    said = " ".join(sentences.caveats(reference._replace(engine=engine), params.read_paper()))
+    assert "LLM.int8(): further tasks without scores: hellaswag: ConnectionError: no hub; to ask again, delete" in said
 
 
 def test_a_pooled_difference_is_told_by_data_set_and_where_a_batch_decides(reference):
@@ -225,7 +230,7 @@ def test_a_hardware_study_has_empty_tables_and_no_error():
     rows = contrasts.table(f)
     assert rows.empty and contrasts.means(f, "f1").empty and contrasts.designs(f, params.read_paper()) == []
     assert not f.ratios().empty and contrasts.measured_size(f) == "allocated"
-    assert sentences.abstract(f, rows, rows, f.ratios(), {"study": "x", "model": "y"})
+    assert sentences.abstract(f, rows, rows, f.ratios(), {"weights": "x", "model": "y"})
 
 
 def test_formats_are_compared_where_full_precision_has_no_answers(reference):
@@ -301,7 +306,7 @@ def test_the_opposite_finding_gives_the_opposite_sentences(reference, all_turns,
     assert (
         before.verdict == "below" and after.verdict == "above" and after.difference == pytest.approx(-before.difference)
     )
-    paper = {"study": "x", "model": "y", "questions": 50, "configurations": {}}
+    paper = {"weights": "x", "model": "y", "questions": 50, "configurations": {}}
     said = " ".join(sentences.abstract(f, rows, contrasts.table(f, last_turns=True), f.ratios(), paper))
     assert "Should I use NF4? On this model yes: it even scores higher" in said and "FP4 scores below NF4" in said
     paper["questions"], said = 50, " ".join(sentences.abstract(reference, all_turns, all_turns, f.ratios(), paper))

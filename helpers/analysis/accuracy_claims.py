@@ -3,8 +3,8 @@
 Direction: statistics.verdict, adjusted over the primary contrasts. Size: the interval holds the reported value and lies
 in a band around it as wide as the paper's own sampling error (its 50 questions, this study's spread per question); in
 recovery where the model is another one, for five points of 62 are not five of 24. Equality: within statistics.margin,
-adjusted as well. A claim that has two parts holds if both do, and "in direction"
-if that part alone does.
+adjusted as well. A claim that has two parts holds if both do, and "in direction
+alone" if only that part does.
 """
 
 import math

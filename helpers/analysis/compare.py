@@ -34,7 +34,7 @@ def load(names: list[str]) -> dict[str, Frames]:
 
 
 def differences(studies: dict[str, Frames]) -> pd.DataFrame:
-    """A row per study, measure and contrast named in advance: study, measure, a, b (labels; a may be "full
+    """A row per study, measure and primary contrast: study, measure, a, b (labels; a may be "full
     precision"), name (of b), difference, low, high, standard_error, verdict, dialogues. Points of 100; perplexity in
     nats per token. Rows without an interval are left out."""
     found = []

@@ -109,8 +109,8 @@ def groups(f: Frames, column: str, pairs: list | None = None) -> pd.DataFrame:
 
 
 def pooled(f: Frames, rows: pd.DataFrame) -> pd.DataFrame:
-    """Random-effects mean over data sets of the F1 difference from full precision (recovery.pooled), a row per format,
-    from `groups` by data set; empty for one."""
+    """Random-effects mean over data sets of the F1 difference (recovery.pooled), a row per format, from `groups` by
+    data set; empty for one."""
     found = []
     if len(rows):
         for name, part in rows.dropna(subset=["error"]).groupby("configuration", sort=False):

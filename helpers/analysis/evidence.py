@@ -30,7 +30,7 @@ class Facts(NamedTuple):
 
     @property
     def cards(self) -> list[str]:
-        """GPUs of the benchmarks; none: a CPU."""
+        """GPUs of the benchmarks; none: a CPU, or no benchmark."""
         return list(self.f.runs[self.f.runs.kind == "benchmark"].gpu.dropna().unique())
 
     @property

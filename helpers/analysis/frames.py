@@ -52,8 +52,8 @@ noise           kind (nf4; block: noise matched to it), seed, relative_squared_e
 hardware        configuration, process, device, gb_per_second (copy), tflops (matmul), dtype, warnings
 engine          index: configuration. questions, seconds, fallbacks, truncated; stock_ratio (seconds of stock lm-eval
                 over these), stock_identical (share of answers like its); same_text, right_to_wrong, wrong_to_right,
-                f1_difference (of the same dialogues one at a time: evaluate.run.floor); reason (why further tasks or
-                these were not scored)
+                f1_difference (of the same dialogues one at a time: evaluate.run.floor), floor_failed (why not);
+                tasks_failed (further tasks without scores, and why)
 runs            configuration, kind, process, status, reason, created, commit, dirty, gpu, driver, cuda, processor,
                 cores, memory_gib, torch, transformers, bitsandbytes, seed, seconds
 """
@@ -74,6 +74,7 @@ KINDS = ("evaluation", "benchmark", "fidelity")
 ORDER = "fp16 bf16 fp32 int8 int8-weights fp8 gptq awq hqq nf4 nf4-plain fp4 int4"
 FULL_LABELS = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 MODES = {"eager": "eager", "cuda_graph": "CUDA graph", "compile": "compiled"}
+LARGEST_MODES = MODES | {"static": "static cache"}  # of the largest batch: the step of a CUDA graph, uncaptured
 KEYS = ["data_set", "dialogue", "turn"]
 
 
@@ -152,7 +153,9 @@ def load(where: Study | str | Path) -> Frames:
     unpacked = configurations.index[configurations.same_kernels]
     built = {k: rows[~rows.configuration.isin(unpacked)].reset_index(drop=True) for k, rows in built.items()}
     # Only a search that saw a single row fail has shown that none fits.
-    lost = (built["largest"].batch == 0) & (built["largest"].fails_at.astype(float) != 1)
+    searched = built["largest"]
+    known = searched.fails_at.notna() | searched.reason.notna()  # schema 1 has neither where none fits
+    lost = (searched.batch == 0) & known & (searched.fails_at.astype(float) != 1)
     built["largest"].loc[lost, ["batch", "tokens_per_second"]] = np.nan
     sizes = tables.sizes(data["benchmark"], checkpoints)  # of what is unpacked only the file is the format's own
     sizes.loc[sizes.index.isin(unpacked), sizes.columns != "checkpoint"] = np.nan
@@ -284,11 +287,13 @@ def _engine(study: Study, evaluations: dict) -> pd.DataFrame:
         rows[name] |= {"fallbacks": sum(v if isinstance(v, int) else 1 for v in fallbacks)}
         rows[name] |= {"truncated": sum(cut) if cut else None}
         rows[name] |= tables.pick(data.get("floor") or {}, FLOOR)
-        rows[name] |= {"reason": tables.dig(data, "engine.tasks.reason") or tables.dig(data, "floor.reason")}
+        lost = tables.dig(data, "engine.tasks.failed") or {}
+        rows[name] |= {"tasks_failed": "; ".join(f"{task}: {why}" for task, why in lost.items()) or None}
+        rows[name] |= {"floor_failed": tables.dig(data, "floor.reason")}
         names = {"stock_ratio": "ratio", "stock_identical": "identical_share"}
         rows[name] |= tables.pick(stock.get(name) or {}, " ".join(names), names)
     return pd.DataFrame.from_dict(rows, orient="index", columns=ENGINE.split())
 
 
 FLOOR = "same_text right_to_wrong wrong_to_right f1_difference"
-ENGINE = f"questions seconds fallbacks truncated stock_ratio stock_identical {FLOOR} reason"
+ENGINE = f"questions seconds fallbacks truncated stock_ratio stock_identical {FLOOR} floor_failed tasks_failed"

@@ -7,7 +7,7 @@ import pandas as pd
 
 from helpers.analysis import contrasts, durations, evidence
 from helpers.analysis.evidence import BATCH, FAILS, HOLDS, OPEN, Facts, NotMeasured, Verdict, size_mb
-from helpers.analysis.frames import MODES
+from helpers.analysis.frames import LARGEST_MODES, MODES
 from helpers.analysis.sentences import spread
 from helpers.analysis.style import number, percent, times
 
@@ -41,7 +41,8 @@ def size_reduction(facts):
 
 def footprint_is_memory(facts):
     """Of tensors, since the allocator rounds up."""
-    if facts.cards == []:
+    done = facts.f.runs[(facts.f.runs.kind == "benchmark") & (facts.f.runs.status == "ok")]
+    if len(done) and done.gpu.isna().all():
         raise NotMeasured("the memory of a GPU was not measured: there was none")
     parts, equal = [], []
     for name in ("nf4", "fp4"):
@@ -86,7 +87,8 @@ def _time_claim(facts: Facts, phase: str, key: str, reported: str, mixed: str, l
     verdicts, texts = {}, []
     for mode, part in rows.groupby("mode", sort=False):
         at_once = [[durations.longer(row) for row in same.to_dict("records")] for _, same in part.groupby(key)]
-        verdicts[mode] = _over(at_once, mixed) if len(settings) >= min(least, len(wanted)) else OPEN
+        at_once = [signs + [None] * (2 - len(signs)) for signs in at_once]  # a format without a time there
+        verdicts[mode] = _over(at_once, mixed) if len(at_once) >= min(least, len(wanted)) else OPEN
         told = []
         for name in ("nf4", "fp4"):
             mine = part[part.configuration == name].sort_values(key)
@@ -166,12 +168,14 @@ def batch_recovers(facts):
         if not base and not mine:
             continue
         ran = rows[rows.budget_gib == gib].drop_duplicates("configuration").set_index("configuration")["mode"]
-        modes = [MODES.get(ran.get(name), "no mode") for name in ("nf4", facts.f.full)]
+        modes = [LARGEST_MODES.get(ran.get(name)) for name in ("nf4", facts.f.full)]
         pair = zip((mine, base), modes)
         texts = [f"{number(rate, 0)} tokens/s ({mode})" if rate else "does not fit" for rate, mode in pair]
         parts.append(f"{gib:g} GiB: NF4 {texts[0]}, full precision {texts[1]}")
         found.append(OPEN if base and mine else HOLDS if mine else FAILS)
     if not found:
         raise NotMeasured("the largest batch in a memory budget was not measured for both in this study")
-    note = "; the largest batch is timed in one process, which decides nothing" if OPEN in found else ""
+    count = rows.process.nunique()
+    timed = f"timed in {count} process{'es' * (count > 1)}, which decides nothing"
+    note = f"; the largest batch is {timed}" if OPEN in found else ""
     return Verdict(_mixed(found, evidence.BUDGET), "; ".join(parts) + note)

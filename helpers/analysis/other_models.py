@@ -37,17 +37,19 @@ def separated(f: Frames, rows: pd.DataFrame, among) -> set[tuple[str, str]]:
 
 
 def order(f: Frames, rows: pd.DataFrame, other: Frames, others: pd.DataFrame) -> str:
-    """In how many pairs of formats, of those that both have, both models agree."""
+    """In how many pairs of formats, of those that both have, both models agree; nothing where there is no pair."""
     both = set(f.samples.configuration) & set(other.samples.configuration) - {f.full, other.full}
+    if len(both) < 2:
+        return ""
     here, there = separated(f, rows, both), separated(other, others, both)
     level = style.percent(f.study.statistics.confidence, 0)
     turned = {(b, a) for a, b in here} & there
     only = sorted(f"{f.label(a)} above {f.label(b)}" for a, b in there - here - turned)
-    further = f"; {len(only)} more are separated there: {sentences.listed(only)}" if only else ""
+    further = f"; {len(only)} more {'are' if len(only) > 1 else 'is'} separated there: {sentences.listed(only)}"
     ways = f" ({sentences.listed(sorted(f'{f.label(a)} above {f.label(b)}' for a, b in turned))})" if turned else ""
     n = sentences.counts(f).split(";")[0]
     return (
         f"Pairs of formats, each at {level} by itself (exploratory): on {grid(f)}, F1 separates {len(here)} of "
         f"{math.comb(len(both), 2)} ({n}). On {grid(other)}, {len(here & there)} of these come out the same way and "
-        f"{len(turned)} the other way round{ways}{further}."
+        f"{len(turned)} the other way round{ways}{further if only else ''}."
     )

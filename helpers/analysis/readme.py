@@ -101,14 +101,16 @@ def untimed(f: frames.Frames, hardware: frames.Frames, shown: list[str], mode: s
 
 
 def grouped(studies) -> list[str]:
-    """Where weights share a scale in groups of another size in another study."""
-    sizes, names = {}, {}
-    for study in studies:
-        for name, size in study.configurations.group_size.reindex(SHOWN).dropna().items():
-            sizes.setdefault(int(size), {})[study.study.study] = None
-            names[study.label(name)] = None
-    where = [f"{size} in {sentences.listed(found)}" for size, found in sizes.items()]
-    return [f"{sentences.listed(names)}: weights that share a scale: {', '.join(where)}."] if len(sizes) > 1 else []
+    """Formats whose weights share a scale in groups of another size in another study."""
+    said = []
+    for name in SHOWN:
+        sizes = {}
+        for study in studies:
+            if size := study.configurations.group_size.dropna().get(name):
+                sizes.setdefault(int(size), []).append(study.study.study)
+        where = ", ".join(f"{size} in {sentences.listed(found)}" for size, found in sizes.items())
+        said += [f"{studies[0].label(name)}: weights that share a scale: {where}."] if len(sizes) > 1 else []
+    return said
 
 
 def batching(own: frames.Frames, wide: frames.Frames) -> list[str]:

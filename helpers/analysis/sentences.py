@@ -12,6 +12,7 @@ from helpers.analysis.frames import MODES, Frames
 from helpers.analysis.style import interval, number, percent, points, times
 
 ANSWERS = {"below": "On this model not where accuracy counts.", "above": "On this model yes: it even scores higher."}
+MANY_SETS = 10  # with fewer, a test between data sets finds next to nothing
 SMALL_SHARE = 0.9  # of the linear weights: quantizing less than this is worth a warning
 
 
@@ -74,6 +75,9 @@ def caveats(f: Frames, paper: dict) -> list[str]:
             f"{listed(map(f.label, few))} answered {asked.min():,.0f} questions, others up to {asked.max():,.0f}: only "
             "what all answered is compared."
         )
+    for name, why in f.engine.tasks_failed.dropna().items() if "tasks_failed" in f.engine else []:
+        remedy = f"to ask again, delete {f.study.study}/{name}/evaluation.json and make run-all"
+        said.append(f"{f.label(name)}: further tasks without scores: {why.rstrip('.')}; {remedy}.")
     parts = {"accuracy": f.samples, "fidelity": f.tokens, "memory and times": f.times, "weights": f.formats}
     if missing := [name for name, table in parts.items() if table.empty]:
         said.append(f"Not measured in this study, so empty below: {', '.join(missing)}.")
@@ -121,8 +125,8 @@ def abstract(f: Frames, all_turns, last_turns, ratios, paper: dict) -> list[str]
 def nf4(f: Frames, mine: pd.DataFrame, full: str) -> str:
     """What NF4 costs, after the answer that follows from it."""
     size, run = smaller(f, "nf4"), f.configurations.loc["nf4"]
-    if "ok" not in (run.evaluation, run.benchmark, run.fidelity):
-        return f"It was not measured here: {run.reason}."
+    if "ok" not in (run.evaluation, run.benchmark, run.fidelity) and "nf4" not in set(f.times.configuration):
+        return f"It was not measured here: {run.reason.rstrip('.')}." if run.reason else "It was not measured here."
     if "nf4" not in mine.index:
         return f"What it does to answers was not measured here.{size}"
     row = mine.loc["nf4"]
@@ -138,7 +142,7 @@ def nf4(f: Frames, mine: pd.DataFrame, full: str) -> str:
 
 
 def by_data_set(f: Frames, row) -> str:
-    """ " By data set: fairytaleqa −1.2 [−3.0, +0.6], ...", of one contrast; nothing for one data set."""
+    """ " By data set, each by itself: fairytaleqa −1.2 [−3.0, +0.6], ...", of one contrast; "" for one data set."""
     rows = contrasts.groups(f, "data_set", [(row.a, row.b)])
     if len(rows) < 2:
         return ""
@@ -238,6 +242,8 @@ def heterogeneity(f: Frames, over: pd.DataFrame) -> list[str]:
     sets = over.data_sets.max()
     said = [f"Between {sets} data sets the loss differs by more than chance for {listed(depends)}."] if depends else []
     few = f"For {listed(same)} {sets} data sets are too few to tell."
+    if sets >= MANY_SETS:
+        few = f"Between {sets} data sets no such difference shows for {listed(same)}."
     return said + ([few] if same else [])
 
 

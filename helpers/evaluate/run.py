@@ -38,8 +38,8 @@ def model(study: Study, loaded: Loaded) -> HFDialogue:
 
 def evaluate(study: Study, loaded: Loaded) -> dict:
     """Put every question to the model. Returns lm-eval's results with `samples`, `seconds` (without loading)
-    and `engine` (hf-dialogue's report on the dialogues, and under `tasks` on all further tasks: of one that fails,
-    its reason).
+    and `engine` (hf-dialogue's report on the dialogues, and under `tasks` on all further tasks, with
+    `failed`: task -> why it has no scores).
 
     Raises StudyError if a further task's name is unknown to lm-eval, before anything is asked.
     """
@@ -67,11 +67,15 @@ def evaluate(study: Study, loaded: Loaded) -> dict:
     if study.evaluation.tasks:
         lm.reset_report()
         lm.answer_line = False  # their metrics may read beyond the first line
-        options = common | {"metadata": None, "limit": study.evaluation.limit}
-        more = results.or_reason(simple_evaluate, tasks=study.evaluation.tasks, **options)
-        for part in PARTS if "results" in more else ():
-            found[part] |= more[part]
-        engine["tasks"] = lm.report() | {key: more[key] for key in ("reason",) if key in more}
+        options, failed = common | {"metadata": None, "limit": study.evaluation.limit}, {}
+        for task in study.evaluation.tasks:
+            more = results.or_reason(simple_evaluate, tasks=[task], **options)
+            if "results" not in more:
+                failed[task] = more["reason"]
+                continue
+            for part in PARTS:
+                found[part] |= more[part]
+        engine["tasks"] = lm.report() | ({"failed": failed} if failed else {})
     return found | {"seconds": seconds, "engine": engine}
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -136,6 +137,9 @@ def test_what_failed_is_said_and_is_not_said_to_run(reference, all_turns):
     said = " ".join(sentences.caveats(reference._replace(runs=runs, engine=engine), params.read_paper()))
     assert "the study: failed: no room on this disk." in said
     assert "NF4 answered 240 questions, others up to 597: only what all answered is compared." in said
+    skipped = SimpleNamespace(reason="fp8: torchao not installed here")
+    assert frames._reason("fp8", skipped) == "torchao not installed here"
+    assert frames._reason(None, skipped).startswith("fp8: ")
     lost = reference.configurations.astype(object)
     lost.loc["nf4", ["evaluation", "benchmark", "fidelity", "reason"]] = "failed", "failed", "failed", "no GPU"
     f = reference._replace(configurations=lost)

@@ -210,10 +210,15 @@ def _configurations(finished: dict, data: dict) -> tuple[pd.DataFrame, dict]:
         rows[name] |= {"group_size": origin.get("quantization", {}).get("group_size")}
         rows[name] |= {"same_kernels": not full and info.get("packed") is False}
         rows[name] |= {kind: parts[kind].status if kind in parts else None for kind in KINDS}
-        rows[name] |= {"reason": next((r.reason for r in parts.values() if r.status != "ok"), None)}
+        rows[name] |= {"reason": next((_reason(name, r) for r in parts.values() if r.status != "ok"), None)}
         if info.get("checkpoint_bytes"):
             checkpoints[name] = info["checkpoint_bytes"] / 2**20
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("configuration"), checkpoints
+
+
+def _reason(name: str | None, result) -> str | None:
+    """Without the configuration's name before it, so that the same reason is told once."""
+    return (result.reason or "").removeprefix(f"{name}: ") or None
 
 
 def prediction(row: dict) -> str | None:
@@ -263,7 +268,7 @@ def _runs(study: Study, finished: dict, processes: list) -> pd.DataFrame:
         origin, data = result.provenance, result.data or {}
         seconds = data.get("measure_seconds") or data.get("seconds")
         row = {"configuration": name, "kind": kind, "process": process}
-        row |= {"status": result.status, "reason": result.reason}
+        row |= {"status": result.status, "reason": _reason(name, result)}
         row |= tables.pick(origin, "created commit dirty processor cores memory_gib seed")
         row |= tables.pick(origin["gpu"] or {}, "gpu driver cuda", {"gpu": "name"})
         row |= tables.pick(origin["packages"], "torch transformers bitsandbytes")

@@ -187,7 +187,7 @@ def speed(f: Frames, ratios: pd.DataFrame) -> str:
     few = int(rows.processes.min())
     words = durations.verdicts(ends) if few >= durations.LEAST_PROCESSES else [""] * len(ends)
     parts = [
-        f"{times(row.ratio)} {spread(row)} at batch {row.batch:.0f}{f', {word}' if word else ''}"
+        f"{f'{times(row.ratio)} {spread(row)}'.strip()} at batch {row.batch:.0f}{f', {word}' if word else ''}"
         for row, word in zip(ends.itertuples(), words)
     ]
     caution = "" if few >= durations.LEAST_PROCESSES else f" From {few} process{'es' * (few > 1)}: no verdict on speed."

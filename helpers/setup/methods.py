@@ -166,7 +166,7 @@ def require(configuration: Configuration) -> None:
     name, options = configuration.configuration, configuration.quantization
     method, dotted = METHODS[options.method], lambda capability: ".".join(map(str, capability))
     if missing := [p for p in method.packages if importlib.util.find_spec(p) is None]:
-        raise NotHere(f"{name}: {options.method} needs {' and '.join(missing)}, not installed here; {INSTALL}")
+        raise NotHere(f"{name}: {' and '.join(missing)} not installed here; {INSTALL}")
     if needed := method.capability(options):
         import torch
 

@@ -5,6 +5,7 @@ import re
 
 import nbformat
 import pytest
+import yaml
 
 from helpers import ROOT, StudyError, params
 from helpers.analysis import contrasts, frames, readme, sentences
@@ -46,6 +47,17 @@ def test_every_file_that_readme_names_is_there():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#h][^)]*)\)", text):
         assert (ROOT / link).exists(), link
+
+
+def test_the_study_file_that_readme_shows_is_one():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"\n    (formats: .*?)\n\n", text, re.S)
+    shown = yaml.safe_load(re.sub(r"\n    ", "\n", block))
+    assert set(shown["formats"]) <= {path.stem for path in (ROOT / "params/formats").glob("*.yaml")}
+    study = params.check(
+        shown | {"study": "s", "title": "S", "model": {"source": "hub", "name": "a/b"}}, "README"
+    ).study
+    assert [source.name for source in study.sources] == ["mine", "embedded"] and study.fidelity.text == "mine.txt"
 
 
 def test_no_result_is_typed_in_the_report():

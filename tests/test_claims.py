@@ -270,9 +270,9 @@ def test_one_format_that_is_not_slower_refutes_it_at_that_setting():
 def test_the_papers_model_is_known_under_any_name_of_a_study():
     f = frames(spec())
     mine = f._replace(study=f.study.model_copy(update={"study": "my-llama"}))
-    assert evidence.facts(mine, PAPER, []).same_model and "not on the paper's" not in " ".join(
-        sentences.caveats(mine._replace(runs=f.runs.assign(status="ok"), engine=pd.DataFrame({"questions": []})), PAPER)
-    )
+    empty = pd.DataFrame(columns=["questions", "tasks_failed"])
+    said = sentences.caveats(mine._replace(runs=f.runs.assign(status="ok"), engine=empty), PAPER)
+    assert evidence.facts(mine, PAPER, []).same_model and "not on the paper's" not in " ".join(said)
     shape = evidence.facts(f._replace(study=params.read_study("llama-3.2-1b-random")), PAPER, [])
     assert shape.same_architecture and not shape.same_model
 

@@ -574,9 +574,8 @@ def test_a_further_task_that_fails_or_is_unknown_costs_no_answers(study, tiny, t
     found["results"]["coqa_turns"]["odd,none"] = math.nan
     configuration = params.read_configuration("smollm2-135m", "fp16")
     written = save(asked(tasks=["broken"]), configuration, loaded, found)
-    assert "odd" not in written.data["tasks"]["coqa_turns"] and '"odd,none": "nan"' in (
-        tmp_path / "fp16/lm_eval.json"
-    ).read_text().replace('":"', '": "')
+    assert "odd" not in written.data["tasks"]["coqa_turns"]
+    assert json.loads((tmp_path / "fp16/lm_eval.json").read_text())["results"]["coqa_turns"]["odd,none"] == "nan"
     monkeypatch.setattr(HFDialogue, "generate_until", lambda *_, **__: pytest.fail("asked before the name was known"))
     with pytest.raises(StudyError, match="lm-eval has no task 'hellaswagg'"):
         evaluate(asked(tasks=["hellaswagg"]), loaded)

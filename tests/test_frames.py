@@ -109,21 +109,22 @@ def test_a_format_unpacked_to_full_precision_has_no_times_of_its_own():
     )
 
 
-def test_a_search_that_failed_higher_up_does_not_say_that_nothing_fits(hardware):
-    path = hardware / "nf4/benchmark.json"
+def edit_largest(folder, name: str, **changes) -> None:
+    """Change a format's row of the smallest budget in its result file."""
+    path = folder / name / "benchmark.json"
     envelope = json.loads(path.read_text())
-    lost = envelope["data"]["largest_batch"][0]
-    lost |= capacity.EMPTY | {"fails": 480, "reason": "no batch decoded within 4 GiB in 5 tries"}
+    envelope["data"]["largest_batch"][0] |= capacity.EMPTY | changes
     results.write_json(path, envelope | {"sha256": results.checksum(envelope)})
+
+
+def test_a_search_that_failed_higher_up_does_not_say_that_nothing_fits(hardware):
+    edit_largest(hardware, "nf4", fails=480, reason="no batch decoded within 4 GiB in 5 tries")
     rows = frames.load(hardware).largest.set_index(["configuration", "budget_gib"])
     assert rows.batch.isna()["nf4", 4.0] and "5 tries" in rows.reason["nf4", 4.0] and rows.batch["nf4", 16.0] > 2000
 
 
 def test_a_search_that_was_not_made_does_not_say_that_nothing_fits(hardware):
-    path = hardware / "fp16/benchmark.json"
-    envelope = json.loads(path.read_text())
-    envelope["data"]["largest_batch"][0] |= capacity.EMPTY | {"reason": "the time for this notebook was over"}
-    results.write_json(path, envelope | {"sha256": results.checksum(envelope)})
+    edit_largest(hardware, "fp16", reason="the time for this notebook was over")
     f = frames.load(hardware)
     assert f.largest.set_index(["configuration", "budget_gib"]).batch.isna()["fp16", 4.0]
     facts = evidence.facts(f, params.read_paper(), [])
@@ -155,11 +156,13 @@ def test_what_failed_is_said_and_is_not_said_to_run(reference, all_turns):
 def test_a_pooled_difference_is_told_by_data_set_and_where_a_batch_decides(reference):
     wide = frames.load("executed/reference/hopper/smollm2-135m-public")
     rows = contrasts.table(wide)
-    said = sentences.by_data_set(wide, rows[(rows.a == "nf4") & (rows.b == "fp4")].iloc[0])
+    pair = rows[(rows.a == "nf4") & (rows.b == "fp4")].iloc[0]
+    said = f" {'; '.join(sentences.by_data_set(wide, pair))}."
     assert re.fullmatch(
         r" By data set, each by itself: this project's dialogues .*, fairytaleqa .*, friendsqa .*\.", said
     )
-    assert sentences.by_data_set(reference, rows.iloc[0]) == ""
+    assert sentences.told(wide, pair) == sentences.differs(wide, pair) + said
+    assert sentences.by_data_set(reference, rows.iloc[0]) == []
     (one,) = readme.batching(reference, wide)
     assert "F1 23.1 or 22.3 on the same 597 questions (72 answers score otherwise)" in one
     (kernel,) = sentences.widened(reference)
@@ -351,7 +354,7 @@ def test_formats_are_set_beside_another_models(reference, all_turns):
     (other,) = other_models.load(f)
     rows = contrasts.table(other)
     both = set(f.samples.configuration) - {f.full}
-    here, there = other_models.separated(f, all_turns, both), other_models.separated(other, rows, both)
+    here, there = other_models.separated(all_turns, both), other_models.separated(rows, both)
     assert other.study.study == "gemma3-270m" and ("nf4", "int4") in there - here
     said = other_models.order(f, all_turns, other, rows)
     assert "and 0 the other way round" in said and "NF4 above INT4 (rounded)" in said

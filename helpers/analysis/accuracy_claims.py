@@ -3,8 +3,8 @@
 Direction: statistics.verdict, adjusted over the primary contrasts. Size: the interval holds the reported value and lies
 in a band around it as wide as the paper's own sampling error (its 50 questions, this study's spread per question); in
 recovery where the model is another one, for five points of 62 are not five of 24. Equality: within statistics.margin,
-adjusted as well. A claim that has two parts holds if both do, and "in direction
-alone" if only that part does.
+adjusted as well. A claim that has two parts holds if both do, and "in direction alone" if only
+that part does.
 """
 
 import math
@@ -71,7 +71,8 @@ def _accuracy(facts: Facts, a: str, b: str, rule, sized: bool = False, part: str
     main, size, beside = rule(row), None, []
     texts = [f"{facts.f.label(b)} vs {facts.f.label(a)}, {_told(row, 'last turns')}"]
     last = facts.f._replace(samples=facts.f.samples[facts.f.samples.last_turn])
-    texts += [text[1:-1].replace("; ", ", ") for text in [sentences.by_data_set(last, row)] if text]
+    if parts := sentences.by_data_set(last, row):
+        texts.append(", ".join(parts))
     if sized:
         size, text = _size(facts, row)
         texts.append(f"size: {text}")

@@ -28,9 +28,8 @@ def kind(facts: Facts, about: str, measured: bool) -> str:
     if about == "library":
         return "checked on the library as used here"
     if about == "hardware":
-        card = (
-            "the paper's card" if facts.cards == [facts.paper["device"]] else "another card" if facts.cards else "a CPU"
-        )
+        card = "another card" if facts.cards else "a CPU"
+        card = "the paper's card" if facts.cards == [facts.paper["device"]] else card
         return f"tested on {'the same architecture' if facts.same_architecture else 'another model'} and {card}"
     return "tested on the paper's model" if facts.same_model else "tested on another model and data"
 

@@ -2,7 +2,7 @@
 
     python -m helpers.analysis.compare smollm2-135m executed/reference/hopper/smollm2-135m    -> executed/compare.html
 
-Per contrast that studies name in advance, every study's difference with its own report's interval, and over studies the
+Per primary contrast, every study's difference with its own report's interval, and over studies the
 random-effects mean, Cochran's Q and I2 (helpers.analysis.recovery.pooled, by statsmodels).
 """
 

@@ -8,6 +8,11 @@ SAME_TIME = 0.03  # share: within it times count as equal
 SLOWER, FASTER, EQUAL = "slower", "faster", f"equal within {SAME_TIME:.0%}"
 
 
+def counted(processes: int) -> str:
+    """1 process, 2 processes."""
+    return f"{processes:.0f} process{'es' * (processes > 1)}"
+
+
 def longer(row) -> str | None:
     """A row of Frames.ratios (processes, ratio, ratio_low, ratio_high): "slower", "faster", "equal within 3%" or
     None.

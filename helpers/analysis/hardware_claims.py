@@ -8,7 +8,7 @@ import pandas as pd
 from helpers.analysis import contrasts, durations, evidence
 from helpers.analysis.evidence import BATCH, FAILS, HOLDS, OPEN, Facts, NotMeasured, Verdict, size_mb
 from helpers.analysis.frames import LARGEST_MODES, MODES
-from helpers.analysis.sentences import spread
+from helpers.analysis.sentences import ratio
 from helpers.analysis.style import number, percent, times
 
 
@@ -92,10 +92,7 @@ def _time_claim(facts: Facts, phase: str, key: str, reported: str, mixed: str, l
         told = []
         for name in ("nf4", "fp4"):
             mine = part[part.configuration == name].sort_values(key)
-            at = [
-                f"{times(row.ratio)} {spread(row)}".strip() + f" at {_at(key, getattr(row, key))}"
-                for row in mine.itertuples()
-            ]
+            at = [f"{ratio(row)} at {_at(key, getattr(row, key))}" for row in mine.itertuples()]
             told += [f"{facts.f.label(name)} {', '.join(at)}"] if at else []
         texts.append(f"{MODES.get(mode, mode)} ({verdicts[mode]}): {', '.join(told)}")
     return Verdict(_across_modes(verdicts), f"time over full precision's; {'; '.join(texts)}{_few(ratios)}")
@@ -109,8 +106,7 @@ def _few(ratios: pd.DataFrame) -> str:
     most = int(ratios.processes.max())
     if most >= durations.LEAST_PROCESSES:
         return ""
-    number_of = f"{most} process{'es' if most > 1 else ''}"
-    return f"; measured in {number_of}, and fewer than {durations.LEAST_PROCESSES} decide nothing"
+    return f"; measured in {durations.counted(most)}, and fewer than {durations.LEAST_PROCESSES} decide nothing"
 
 
 def prefill_slower(facts):
@@ -175,7 +171,6 @@ def batch_recovers(facts):
         found.append(OPEN if base and mine else HOLDS if mine else FAILS)
     if not found:
         raise NotMeasured("the largest batch in a memory budget was not measured for both in this study")
-    count = rows.process.nunique()
-    timed = f"timed in {count} process{'es' * (count > 1)}, which decides nothing"
+    timed = f"timed in {durations.counted(rows.process.nunique())}, which decides nothing"
     note = f"; the largest batch is {timed}" if OPEN in found else ""
     return Verdict(_mixed(found, evidence.BUDGET), "; ".join(parts) + note)

@@ -30,9 +30,9 @@ def recoveries(studies: list[tuple[Frames, pd.DataFrame]]) -> pd.DataFrame:
     return pd.DataFrame(columns).rename_axis("F1 kept (%)").reset_index()
 
 
-def separated(f: Frames, rows: pd.DataFrame, among) -> set[tuple[str, str]]:
+def separated(rows: pd.DataFrame, among) -> set[tuple[str, str]]:
     """(better, worse) of every pair of `contrasts.table` whose F1 differs, among the given configurations."""
-    rows = rows[rows.differs & rows.a.isin(among) & rows.b.isin(among) & (rows.a != f.full)]
+    rows = rows[rows.differs & rows.a.isin(among) & rows.b.isin(among)]
     return {(r.a, r.b) if r.difference < 0 else (r.b, r.a) for r in rows.itertuples()}
 
 
@@ -41,15 +41,14 @@ def order(f: Frames, rows: pd.DataFrame, other: Frames, others: pd.DataFrame) ->
     both = set(f.samples.configuration) & set(other.samples.configuration) - {f.full, other.full}
     if len(both) < 2:
         return ""
-    here, there = separated(f, rows, both), separated(other, others, both)
+    here, there = separated(rows, both), separated(others, both)
     level = style.percent(f.study.statistics.confidence, 0)
     turned = {(b, a) for a, b in here} & there
     only = sorted(f"{f.label(a)} above {f.label(b)}" for a, b in there - here - turned)
     further = f"; {len(only)} more {'are' if len(only) > 1 else 'is'} separated there: {sentences.listed(only)}"
     ways = f" ({sentences.listed(sorted(f'{f.label(a)} above {f.label(b)}' for a, b in turned))})" if turned else ""
-    n = sentences.counts(f).split(";")[0]
     return (
         f"Pairs of formats, each at {level} by itself (exploratory): on {grid(f)}, F1 separates {len(here)} of "
-        f"{math.comb(len(both), 2)} ({n}). On {grid(other)}, {len(here & there)} of these come out the same way and "
-        f"{len(turned)} the other way round{ways}{further if only else ''}."
+        f"{math.comb(len(both), 2)} (n = {sentences.asked(f)}). On {grid(other)}, {len(here & there)} of these come "
+        f"out the same way and {len(turned)} the other way round{ways}{further if only else ''}."
     )

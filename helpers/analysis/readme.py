@@ -27,7 +27,7 @@ def fastest_mode(f: frames.Frames, phase: str) -> str:
 
 def cell(table, name: str) -> str:
     """A time over full precision's, and its range over processes."""
-    return f"{times(table.ratio[name])} {sentences.spread(table.loc[name])}".strip() if name in table.index else NONE
+    return sentences.ratio(table.loc[name]) if name in table.index else NONE
 
 
 def answer(f: frames.Frames, rows, hardware: frames.Frames, other: frames.Frames, others) -> list[str]:
@@ -53,8 +53,8 @@ def answer(f: frames.Frames, rows, hardware: frames.Frames, other: frames.Frames
     said = [*lead(f, rows, other, others, size, [*timed.values()][1:], how), "", *lines, ""]
     n = []
     for study in (f, other):
-        score = points(contrasts.means(study, "f1")["mean"][study.full], False)
-        n.append(f"{study.study.model.name} {sentences.counts(study).split(';')[0].removeprefix('n = ')}, F1 {score}")
+        score = points(study.wide("f1")[study.full].mean(), False)
+        n.append(f"{study.study.model.name} {sentences.asked(study)}, F1 {score}")
     where = (
         f"Memory and times: Llama-3.2-1B's shape on {sentences.device(hardware)}, over full precision's. Times in the "
     )
@@ -139,7 +139,7 @@ def elsewhere(f: frames.Frames, ratios, shown: str) -> list[str]:
     for mode in (mode for mode in frames.MODES if mode != shown and (ratios["mode"] == mode).any()):
         rows = contrasts.at(ratios, "decode", batch=1, mode=mode)
         rows = rows.reindex([name for name in SHOWN if name in rows.index])
-        found = [f"{f.label(row.Index)} {times(row.ratio)} {sentences.spread(row)}" for row in rows.itertuples()]
+        found = [f"{f.label(row.Index)} {sentences.ratio(row)}" for row in rows.itertuples()]
         parts.append(f"{frames.MODES[mode]}: {', '.join(found)}")
     return [f"Decode at batch 1 in other modes. {'. '.join(part[0].upper() + part[1:] for part in parts)}."]
 
@@ -165,11 +165,12 @@ def rendered(text: str) -> str:
     if any(text.count(mark) != 1 for mark in MARKS):
         raise StudyError(f"README.md: the lines {MARKS[0]!r} and {MARKS[1]!r} must each stand there once")
     wide, own, hardware, other = (frames.load(f"executed/reference/hopper/{name}") for name in STUDIES)
-    paper, rows, others = params.read_paper(), contrasts.table(wide), contrasts.table(other)
+    paper, others = params.read_paper(), contrasts.table(other)
     # Of a claim that several studies measured the largest one's verdict counts.
     facts, shape, largest = (evidence.facts(f, paper) for f in (own, hardware, wide))
+    rows = largest.every
     pair = rows[(rows.a == "nf4") & (rows.b == "fp4")]
-    found = [sentences.differs(wide, row) + sentences.by_data_set(wide, row) for _, row in pair.iterrows()]
+    found = [sentences.told(wide, row) for _, row in pair.iterrows()]
     found += sentences.heterogeneity(wide, contrasts.pooled(wide, contrasts.groups(wide, "data_set")))
     found += [other_models.order(own, facts.every, other, others)]
     found += batching(own, wide)

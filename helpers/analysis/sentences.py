@@ -68,14 +68,13 @@ def caveats(f: Frames, paper: dict) -> list[str]:
             said.append(f"{listed(who)}: {word}: {reason.rstrip('.')}.")
     for name, row in names[~names.full & (names.quantized_share.astype(float) < SMALL_SHARE)].iterrows():
         said.append(f"{f.label(name)} quantized only {percent(row.quantized_share)} of the linear weights.")
-    asked = f.engine.questions
-    if len(f.samples) and asked.nunique() > 1:
-        few = asked[asked == asked.min()].index
+    n = f.engine.questions
+    if len(f.samples) and n.nunique() > 1:
         said.append(
-            f"{listed(map(f.label, few))} answered {asked.min():,.0f} questions, others up to {asked.max():,.0f}: only "
-            "what all answered is compared."
+            f"{listed(map(f.label, n[n == n.min()].index))} answered {n.min():,.0f} questions, others up to "
+            f"{n.max():,.0f}: only what all answered is compared."
         )
-    for name, why in f.engine.tasks_failed.dropna().items() if "tasks_failed" in f.engine else []:
+    for name, why in f.engine.tasks_failed.dropna().items():
         remedy = f"to ask again, delete {f.study.study}/{name}/evaluation.json and make run-all"
         said.append(f"{f.label(name)}: further tasks without scores: {why.rstrip('.')}; {remedy}.")
     parts = {"accuracy": f.samples, "fidelity": f.tokens, "memory and times": f.times, "weights": f.formats}
@@ -84,14 +83,17 @@ def caveats(f: Frames, paper: dict) -> list[str]:
     return said
 
 
+def asked(f: Frames) -> str:
+    """597 questions in 50 dialogues."""
+    one = f.samples[f.samples.configuration == f.samples.configuration.iloc[0]]
+    return f"{len(one):,} questions in {len(one[['data_set', 'dialogue']].drop_duplicates()):,} dialogues"
+
+
 def counts(f: Frames) -> str:
     """n, for captions."""
     if f.samples.empty:
         return ""
-    one = f.samples[f.samples.configuration == f.samples.configuration.iloc[0]]
-    dialogues = len(one[["data_set", "dialogue"]].drop_duplicates())
-    sure = f"{f.study.statistics.confidence:.0%} intervals, clustered by dialogue"
-    return f"n = {len(one):,} questions in {dialogues:,} dialogues; {sure}."
+    return f"n = {asked(f)}; {f.study.statistics.confidence:.0%} intervals, clustered by dialogue."
 
 
 def smaller(f: Frames, name: str) -> str:
@@ -117,7 +119,7 @@ def abstract(f: Frames, all_turns, last_turns, ratios, paper: dict) -> list[str]
             f"({f.study.statistics.confidence:.0%}, adjusted for all contrasts).{smaller(f, name)}"
         )
     pair = all_turns[(all_turns.a == "nf4") & (all_turns.b == "fp4")]
-    said += [differs(f, row) + by_data_set(f, row) for _, row in pair.iterrows()]
+    said += [told(f, row) for _, row in pair.iterrows()]
     said += by_chance(f, mine, contrasts.vs_full(f, last_turns))
     return said + ([counts(f)] if len(f.samples) else [])
 
@@ -126,7 +128,8 @@ def nf4(f: Frames, mine: pd.DataFrame, full: str) -> str:
     """What NF4 costs, after the answer that follows from it."""
     size, run = smaller(f, "nf4"), f.configurations.loc["nf4"]
     if "ok" not in (run.evaluation, run.benchmark, run.fidelity) and "nf4" not in set(f.times.configuration):
-        return f"It was not measured here: {run.reason.rstrip('.')}." if run.reason else "It was not measured here."
+        why = f": {run.reason.rstrip('.')}" if isinstance(run.reason, str) else ""
+        return f"It was not measured here{why}."
     if "nf4" not in mine.index:
         return f"What it does to answers was not measured here.{size}"
     row = mine.loc["nf4"]
@@ -141,17 +144,24 @@ def nf4(f: Frames, mine: pd.DataFrame, full: str) -> str:
     return f"{answer} It keeps {keeps} of {full}'s F1 ({value}).{size}"
 
 
-def by_data_set(f: Frames, row) -> str:
-    """ " By data set, each by itself: fairytaleqa −1.2 [−3.0, +0.6], ...", of one contrast; "" for one data set."""
+def by_data_set(f: Frames, row) -> list[str]:
+    """One contrast data set by data set, and for data sets in general, as parts of a sentence; none for one data
+    set."""
+    if f.samples.data_set.nunique() < 2:
+        return []
     rows = contrasts.groups(f, "data_set", [(row.a, row.b)])
-    if len(rows) < 2:
-        return ""
     parts = [f"{data_set(r.group)} {points(r.difference)} {interval(r.low, r.high)}".strip() for r in rows.itertuples()]
-    said = f" By data set, each by itself: {', '.join(parts)}"
+    said = [f"By data set, each by itself: {', '.join(parts)}"]
     for mean in contrasts.pooled(f, rows).itertuples():
         whole = f"{points(mean.mean)} {interval(mean.ci_low, mean.ci_high)}".strip()
-        said += f"; for data sets in general (random effects) {whole}, I\N{SUPERSCRIPT TWO} {number(mean.i2, 0)}%"
-    return f"{said}."
+        said.append(f"for data sets in general (random effects) {whole}, I\N{SUPERSCRIPT TWO} {number(mean.i2, 0)}%")
+    return said
+
+
+def told(f: Frames, row) -> str:
+    """`differs`, and `by_data_set` where there are several."""
+    parts = "; ".join(by_data_set(f, row))
+    return f"{differs(f, row)} {parts}." if parts else differs(f, row)
 
 
 def widened(f: Frames) -> list[str]:
@@ -187,10 +197,10 @@ def speed(f: Frames, ratios: pd.DataFrame) -> str:
     few = int(rows.processes.min())
     words = durations.verdicts(ends) if few >= durations.LEAST_PROCESSES else [""] * len(ends)
     parts = [
-        f"{f'{times(row.ratio)} {spread(row)}'.strip()} at batch {row.batch:.0f}{f', {word}' if word else ''}"
+        f"{ratio(row)} at batch {row.batch:.0f}{f', {word}' if word else ''}"
         for row, word in zip(ends.itertuples(), words)
     ]
-    caution = "" if few >= durations.LEAST_PROCESSES else f" From {few} process{'es' * (few > 1)}: no verdict on speed."
+    caution = "" if few >= durations.LEAST_PROCESSES else f" From {durations.counted(few)}: no verdict on speed."
     return f" A decode step takes {'; '.join(parts)} ({MODES[mode]}, {device(f)}).{caution}"
 
 
@@ -200,7 +210,7 @@ def compiled(f: Frames, ratios: pd.DataFrame) -> list[str]:
     most = ratios.batch[(ratios.phase == "decode") & (ratios["mode"] == "compile")].max()
     tall = [contrasts.at(ratios, "decode", batch=most, mode=mode).ratio for mode in ("compile", "cuda_graph")]
     return [
-        f"{f.label(name)} wants torch.compile: {times(fused.ratio[name])} {spread(fused.loc[name])} of "
+        f"{f.label(name)} wants torch.compile: {ratio(fused.loc[name])} of "
         f"{f.label(f.full)}'s time for a decode step at batch 1 when both are compiled, {times(graph.ratio[name])} "
         f"when neither is ({MODES['cuda_graph']}); at batch {most:,.0f} {times(tall[0].get(name))} and "
         f"{times(tall[1].get(name))}."
@@ -209,9 +219,10 @@ def compiled(f: Frames, ratios: pd.DataFrame) -> list[str]:
     ]
 
 
-def spread(row) -> str:
-    """The range over processes of a ratio."""
-    return f"[{number(row.ratio_low)}, {number(row.ratio_high)}]" if row.processes > 1 else ""
+def ratio(row) -> str:
+    """A time over full precision's, and its range over processes: 0.94x [0.93, 0.95]."""
+    spread = f" [{number(row.ratio_low)}, {number(row.ratio_high)}]" if row.processes > 1 else ""
+    return f"{times(row.ratio)}{spread}"
 
 
 def redraws(f: Frames, designs: list[dict]) -> list[str]:

@@ -45,8 +45,8 @@ def evaluate(study: Study, loaded: Loaded) -> dict:
     """
     lm = model(study, loaded)
     metadata = {"sources": [data.model_dump() for data in study.sources]}
-    more = study.evaluation.include_path
-    paths = [str(TASKS), *([str(ROOT / more)] if more else [])]  # a relative one is of the project, as all paths are
+    own = study.evaluation.include_path
+    paths = [str(TASKS), *([str(ROOT / own)] if own else [])]  # a relative one is of the project, as all paths are
     manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
     if set(study.evaluation.tasks) - set(manager.all_tasks):  # lm-eval's own are 10,000 files to look through
         manager = TaskManager(include_path=paths, metadata=metadata)

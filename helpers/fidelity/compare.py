@@ -102,10 +102,8 @@ def compare(study: Study, configuration: Configuration, dialogues: list[dict], p
 
 def full_precision(configuration: Configuration) -> Configuration:
     """The same configuration without quantization: same dtype, so that only the weights differ."""
-    dtype = configuration.dtype if configuration.dtype != "auto" else None
-    dtype = dtype or methods.kernel_dtype(configuration.quantization) or "auto"
-    changed = {"configuration": "full", "quantization": Full(method="none"), "dtype": dtype}
-    return configuration.model_copy(update=changed)
+    changed = {"configuration": "full", "quantization": Full(method="none")}
+    return configuration.model_copy(update=changed | {"dtype": methods.wanted_dtype(configuration) or "auto"})
 
 
 def fits_beside(model) -> bool:

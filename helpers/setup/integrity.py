@@ -58,8 +58,8 @@ def verify(study: Study, folder: Path) -> None:
     if (str(folder), str(record)) in _verified or not record.is_file():
         return
     own = study.model.source in ("package", "random")
-    recorded = results.read(record).data or {"weights": {"files": []}}  # a setup that failed has none
-    for row in recorded["weights"]["files"]:
+    recorded = results.read(record).data
+    for row in recorded["weights"]["files"] if recorded else []:  # a setup that failed has none
         path = folder / row["file"]
         if path.suffix != ".safetensors":
             continue

@@ -160,6 +160,11 @@ def kernel_dtype(options) -> str | None:
     return "bfloat16" if calibrated and _obstacle(options, torch.bfloat16) is None else None
 
 
+def wanted_dtype(configuration: Configuration) -> str | None:
+    """The type that the configuration or its kernel asks for; None: neither does."""
+    return configuration.dtype if configuration.dtype != "auto" else kernel_dtype(configuration.quantization)
+
+
 def require(configuration: Configuration) -> None:
     """Raises NotHere if this machine lacks a package or the hardware, StudyError if a type is asked for that its
     kernel lacks."""

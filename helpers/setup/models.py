@@ -238,7 +238,7 @@ def load(study: Study, configuration: Configuration) -> Loaded:
     options, method = configuration.quantization, METHODS[configuration.quantization.method]
     source = prepare(study)
     integrity.verify(study, Path(source))
-    wanted = configuration.dtype if configuration.dtype != "auto" else methods.kernel_dtype(options) or study.dtype
+    wanted = methods.wanted_dtype(configuration) or study.dtype
     device, dtype, reason = device_and_dtype(wanted, _config(study, source).dtype)
     tokenizer, record = _tokenizer(study, source), {}
     if method.calibrated:
